@@ -1,0 +1,22 @@
+//! The quantized paged KV cache as a kernel library.
+#![deny(missing_docs, unsafe_op_in_unsafe_fn, clippy::undocumented_unsafe_blocks, clippy::missing_safety_doc)]
+
+pub mod args;
+pub mod backend;
+pub mod codec;
+pub mod cpu;
+pub mod error;
+pub mod faults;
+pub mod format;
+pub mod isa;
+pub mod layout;
+pub mod memory;
+pub mod scale;
+
+pub use backend::Backend;
+pub use cpu::CpuBackend;
+pub use error::{Error, Result};
+pub use faults::Faults;
+pub use format::{DType, Element, KvCacheDtype, KvFormat};
+pub use isa::Isa;
+pub use layout::{CacheLayout, CacheShape, CacheSpec};

@@ -1,0 +1,46 @@
+//! Where buffers live.
+//!
+//! The operations of [`crate::args`] are described once, for every backend. What differs is how a
+//! backend addresses its buffers: the CPU by slices, CUDA by typed device views, the raw storey by
+//! pointers. [`Memory`] names those two types, borrowed shared and borrowed exclusively, and the
+//! one thing validation needs of them: their length.
+
+use crate::format::Pod;
+
+/// A borrowed buffer that knows its length.
+pub trait BufferLen {
+    /// Elements (not bytes) in the buffer.
+    fn buffer_len(&self) -> usize;
+}
+
+impl<T> BufferLen for &[T] {
+    #[inline(always)]
+    fn buffer_len(&self) -> usize {
+        self.len()
+    }
+}
+
+impl<T> BufferLen for &mut [T] {
+    #[inline(always)]
+    fn buffer_len(&self) -> usize {
+        self.len()
+    }
+}
+
+/// A kind of memory, by its two borrowed buffer types.
+pub trait Memory {
+    /// A buffer borrowed for reading.
+    type Ref<'a, T: Pod>: BufferLen + Copy + std::fmt::Debug;
+    /// A buffer borrowed for writing.
+    type Mut<'a, T: Pod>: BufferLen + std::fmt::Debug;
+}
+
+/// Ordinary memory of this process, addressed by slices: what the CPU backend computes in and what
+/// `swap_blocks` moves device blocks to.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Host;
+
+impl Memory for Host {
+    type Ref<'a, T: Pod> = &'a [T];
+    type Mut<'a, T: Pod> = &'a mut [T];
+}
