@@ -221,3 +221,11 @@ pub fn check_scales(what: &str, values: &[f32]) -> Result<()> {
 pub fn dynamic_scale(absmax: f32, format: KvFormat) -> f32 {
     (absmax.min(f32::MAX) / format.max_finite()).max(f32::MIN_POSITIVE)
 }
+
+/// The one scale a code is divided and multiplied by where a static and a dynamic scale meet:
+/// their f32 product, kept finite and normal so that neither 0/0 nor 0*inf can make a NaN of a
+/// row that holds none.
+#[inline(always)]
+pub fn combined_scale(fixed: f32, dynamic: f32) -> f32 {
+    (fixed * dynamic).clamp(f32::MIN_POSITIVE, f32::MAX)
+}

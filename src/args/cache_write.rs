@@ -8,7 +8,8 @@
 //!     for h, d:  K[block, h, offset, d] = encode(key[t, h, d] / scale(h, d))
 //! ```
 //! With dynamic scales the row's own scale is computed first and stored beside the block:
-//! `dynamic = dynamic_scale(max_d |x / static|)`, then `encode(x / (static * dynamic))`.
+//! `dynamic = dynamic_scale(max_d |x / static|)`, then `encode(x / combined_scale(static, dynamic))`
+//! ([`crate::scale`]).
 //!
 //! The number of tokens is the length of the slot mapping; keys and values may be longer (a
 //! padded batch under a captured graph). If two tokens name the same slot the later one wins on

@@ -7,15 +7,20 @@
 use crate::format::KvFormat;
 use half::{bf16, f16};
 
+#[cfg(target_endian = "big")]
+compile_error!("cached elements are little-endian in memory; big-endian machines are not supported");
+
 mod fp8;
 
 pub mod e4m3;
 pub mod e4m3fnuz;
 pub mod e5m2;
+mod slice;
 
 pub use e4m3::E4M3;
 pub use e4m3fnuz::E4M3Fnuz;
 pub use e5m2::E5M2;
+pub use slice::{ScaleRow, absmax_scaled_slice, absmax_slice, decode_slice, encode_slice};
 
 /// A storage format: how one f32 becomes one stored element, and back.
 pub trait Codec: Copy + Send + Sync + 'static {
