@@ -153,6 +153,24 @@ pub enum Error {
         num_blocks: usize,
     },
 
+    /// A layer outside the cache.
+    #[error("layer {layer} is outside the cache of {num_layers} layers")]
+    LayerOutOfRange {
+        /// The layer.
+        layer: usize,
+        /// Layers in the cache.
+        num_layers: usize,
+    },
+
+    /// An error in what belongs to one layer.
+    #[error("layer {layer}: {source}")]
+    InLayer {
+        /// The layer.
+        layer: usize,
+        /// What is wrong there.
+        source: Box<Error>,
+    },
+
     /// In a list of copies a block is written twice, or is both read and written.
     #[error("{what}: block {block} is {conflict} in one call; copies run in no order")]
     OverlappingPairs {
@@ -232,4 +250,11 @@ pub enum Error {
     /// A request to the reference decoder that cannot be served.
     #[error("{0}")]
     InvalidRequest(String),
+}
+
+impl Error {
+    /// The same error, saying which layer it is about.
+    pub(crate) fn in_layer(self, layer: usize) -> Error {
+        Error::InLayer { layer, source: Box::new(self) }
+    }
 }

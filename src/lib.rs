@@ -3,6 +3,7 @@
 
 pub mod args;
 pub mod backend;
+pub mod cache;
 pub mod codec;
 pub mod cpu;
 pub mod error;
@@ -14,6 +15,7 @@ pub mod memory;
 pub mod scale;
 
 pub use backend::Backend;
+pub use cache::{HostPool, PagedKvCache};
 pub use cpu::CpuBackend;
 pub use error::{Error, Result};
 pub use faults::Faults;

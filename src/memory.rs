@@ -28,11 +28,21 @@ impl<T> BufferLen for &mut [T] {
 }
 
 /// A kind of memory, by its two borrowed buffer types.
+///
+/// An argument struct has one lifetime for all its buffers. Slices shorten theirs by themselves;
+/// code generic over `Memory` asks for it with [`Memory::shorten`] and [`Memory::shorten_mut`],
+/// both of which return what they are given.
 pub trait Memory {
     /// A buffer borrowed for reading.
     type Ref<'a, T: Pod>: BufferLen + Copy + std::fmt::Debug;
     /// A buffer borrowed for writing.
     type Mut<'a, T: Pod>: BufferLen + std::fmt::Debug;
+
+    /// The same buffer, borrowed for a shorter time.
+    fn shorten<'short, 'long: 'short, T: Pod>(buffer: Self::Ref<'long, T>) -> Self::Ref<'short, T>;
+
+    /// The same buffer, borrowed for a shorter time.
+    fn shorten_mut<'short, 'long: 'short, T: Pod>(buffer: Self::Mut<'long, T>) -> Self::Mut<'short, T>;
 }
 
 /// Ordinary memory of this process, addressed by slices: what the CPU backend computes in and what
@@ -43,4 +53,12 @@ pub struct Host;
 impl Memory for Host {
     type Ref<'a, T: Pod> = &'a [T];
     type Mut<'a, T: Pod> = &'a mut [T];
+
+    fn shorten<'short, 'long: 'short, T: Pod>(buffer: &'long [T]) -> &'short [T] {
+        buffer
+    }
+
+    fn shorten_mut<'short, 'long: 'short, T: Pod>(buffer: &'long mut [T]) -> &'short mut [T] {
+        buffer
+    }
 }

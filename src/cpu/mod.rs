@@ -65,6 +65,14 @@ impl Default for CpuBackend {
 impl Memory for CpuBackend {
     type Ref<'a, T: Pod> = &'a [T];
     type Mut<'a, T: Pod> = &'a mut [T];
+
+    fn shorten<'short, 'long: 'short, T: Pod>(buffer: &'long [T]) -> &'short [T] {
+        buffer
+    }
+
+    fn shorten_mut<'short, 'long: 'short, T: Pod>(buffer: &'long mut [T]) -> &'short mut [T] {
+        buffer
+    }
 }
 
 impl Backend for CpuBackend {
