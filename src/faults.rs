@@ -20,9 +20,10 @@ impl Faults {
     /// A block table named a block outside the cache; its tokens were skipped.
     pub const BLOCK_OUT_OF_RANGE: Faults = Faults(1 << 1);
     /// A sequence length was negative, or longer than its row of the block table can hold; the
-    /// length was clamped.
+    /// length was clamped (`gather`: the rows outside are zero).
     pub const SEQ_LEN_OUT_OF_RANGE: Faults = Faults(1 << 2);
-    /// Query starts decreased, or pointed past the queries; the sequence was skipped.
+    /// Query starts (of `gather`: `cu_seq_lens`) decreased, or pointed past the rows; the sequence
+    /// was skipped.
     pub const QUERY_START_OUT_OF_RANGE: Faults = Faults(1 << 3);
 
     const NAMES: [(Faults, &'static str); 4] = [

@@ -75,13 +75,22 @@ impl ScaleStrides {
 }
 
 /// A static scale tensor in a backend's memory, borrowed for one operation.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct ScaleRef<'a, M: Memory> {
     /// The scales, addressed by `strides`. Read at run time, so that a captured graph sees updates.
     pub values: M::Ref<'a, f32>,
     /// How `(head, channel)` finds its scale.
     pub strides: ScaleStrides,
 }
+
+// Not derived: a derive would ask for `M: Copy`.
+impl<M: Memory> Clone for ScaleRef<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M: Memory> Copy for ScaleRef<'_, M> {}
 
 /// Host-side static scales of one half (K or V) of one layer: checked values with a granularity.
 #[derive(Clone, Debug, PartialEq)]

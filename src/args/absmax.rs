@@ -3,7 +3,7 @@
 //! `absmax` keeps a *running* maximum of |x| per tensor, head or channel: `running = max(running,
 //! |x|)`. NaN is ignored; infinities count as `f32::MAX`, so that a scale stays finite.
 //! `update_scales` turns it into `scale = absmax / divisor`, with a zero guard: where nothing but
-//! zeros was seen the scale is 1.0. With divisors 200 (K) and 100 (V) this is vLLM's first-batch
+//! zeros was seen the scale is 1.0, and no scale is below the smallest normal f32. With divisors 200 (K) and 100 (V) this is vLLM's first-batch
 //! rule; with the format's maximum it is absmax calibration.
 
 use super::{RowStrides, check_equal};

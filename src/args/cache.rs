@@ -7,7 +7,7 @@ use crate::layout::{CacheShape, Half};
 use crate::memory::{BufferLen, Memory};
 
 /// One layer's cache, borrowed for reading.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub struct LayerRef<'a, M: Memory> {
     /// K blocks, [`CacheShape::buffer_bytes`] bytes.
     pub k: M::Ref<'a, u8>,
@@ -31,6 +31,15 @@ pub struct LayerMut<'a, M: Memory> {
     /// Dynamic scales of V, `[blocks, heads, block]`; `None` where V has none.
     pub v_dynamic: Option<M::Mut<'a, f32>>,
 }
+
+// Not derived: a derive would ask for `M: Copy`.
+impl<M: Memory> Clone for LayerRef<'_, M> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<M: Memory> Copy for LayerRef<'_, M> {}
 
 impl<M: Memory> LayerRef<'_, M> {
     /// Checks buffer lengths against `shape`.

@@ -6,7 +6,10 @@
 //!     position = starts[s] + t;  block = block_tables[s, position / block_size]
 //!     dst[cu_seq_lens[s] + t, h, :] = cache[block, h, position % block_size, :]
 //! ```
-//! A block id outside the cache (-1 included) leaves its rows zero and sets a fault.
+//! A block id outside the cache (-1 included) leaves its rows zero and sets a fault, and so does a
+//! position before the sequence or past its row of the table. A sequence whose bounds decrease,
+//! pass `num_tokens` or reach into rows claimed before it is skipped, and sets a fault. Rows no
+//! sequence claims are left as they are.
 
 use super::{LayerRef, RowStrides, check_len, check_scale};
 use crate::error::{Error, Result};

@@ -15,8 +15,10 @@
 //! lse = ln(Σ_visible exp(score) [+ exp(sink[h])])
 //! ```
 //! No visible key gives zeros, and LSE -inf (or the sink). Slots past the sequence length are
-//! never read into the result. Positions whose block id lies outside the cache are skipped as if
-//! not visible, and set a fault. All sums are f32.
+//! never read into the result. Visible positions whose block id lies outside the cache are skipped
+//! and set a fault. A sequence length that is negative or exceeds its row of the table is clamped, a
+//! sequence whose query starts decrease, pass `num_tokens` or reach into rows claimed before it is
+//! skipped; both set a fault. All sums are f32.
 
 use super::{LayerRef, RowStrides, check_len, check_scale, group_size};
 use crate::error::{Error, Result};

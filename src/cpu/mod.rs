@@ -13,6 +13,7 @@ mod convert;
 mod copy;
 mod gather;
 mod merge_states;
+mod ragged;
 mod scalar;
 
 use crate::args::{
@@ -22,7 +23,7 @@ use crate::args::{
 use crate::backend::Backend;
 use crate::error::{Error, Result};
 use crate::faults::{FaultWord, Faults};
-use crate::format::{Element, Pod};
+use crate::format::{Element, KvFormat, Pod};
 use crate::isa::Isa;
 use crate::layout::{CacheShape, checked_product};
 use crate::memory::{Host, Memory};

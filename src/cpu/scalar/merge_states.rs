@@ -1,0 +1,65 @@
+//! [`MergeStates`], specified.
+
+use super::*;
+
+pub(in crate::cpu) fn merge_states<T: Element>(op: MergeStates<'_, CpuBackend, T>) {
+    let mut lse_out = op.lse;
+    for token in 0..op.num_tokens {
+        for head in 0..op.num_heads {
+            let state = token * op.num_heads + head;
+            let merge = Merge::new(op.a_lse[state], op.b_lse[state]);
+            let row = op.strides.index(token, head);
+            for at in row..row + op.head_dim {
+                op.output[at] = T::from_f32(merge.channel(op.a[at].to_f32(), op.b[at].to_f32()));
+            }
+            if let Some(lse_out) = lse_out.as_deref_mut() {
+                lse_out[state] = merge.lse();
+            }
+        }
+    }
+}
+
+/// How to merge two states, from their LSEs alone.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) enum Merge {
+    /// Neither has keys.
+    Neither,
+    /// Only `a` has keys: its row and LSE are the result, and nothing of `b` (which may be NaN) is read.
+    OnlyA { lse: f32 },
+    /// Only `b` has keys.
+    OnlyB { lse: f32 },
+    /// Both have.
+    Both { weight_a: f32, weight_b: f32, max: f32 },
+}
+
+impl Merge {
+    pub(in crate::cpu) fn new(a: f32, b: f32) -> Merge {
+        match (a.is_infinite(), b.is_infinite()) {
+            (true, true) => Merge::Neither,
+            (false, true) => Merge::OnlyA { lse: a },
+            (true, false) => Merge::OnlyB { lse: b },
+            (false, false) => {
+                let max = a.max(b);
+                Merge::Both { weight_a: (a - max).exp(), weight_b: (b - max).exp(), max }
+            }
+        }
+    }
+
+    #[inline(always)]
+    pub(in crate::cpu) fn channel(&self, a: f32, b: f32) -> f32 {
+        match *self {
+            Merge::Neither => 0.0,
+            Merge::OnlyA { .. } => a,
+            Merge::OnlyB { .. } => b,
+            Merge::Both { weight_a, weight_b, .. } => (a * weight_a + b * weight_b) / (weight_a + weight_b),
+        }
+    }
+
+    pub(in crate::cpu) fn lse(&self) -> f32 {
+        match *self {
+            Merge::Neither => f32::NEG_INFINITY,
+            Merge::OnlyA { lse } | Merge::OnlyB { lse } => lse,
+            Merge::Both { weight_a, weight_b, max } => max + (weight_a + weight_b).ln(),
+        }
+    }
+}
