@@ -6,6 +6,8 @@ pub mod backend;
 pub mod cache;
 pub mod codec;
 pub mod cpu;
+#[cfg(feature = "decoder")]
+pub mod decoder;
 pub mod error;
 pub mod faults;
 pub mod format;
