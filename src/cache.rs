@@ -282,7 +282,7 @@ impl<B: Backend> PagedKvCache<B> {
     ///
     /// Blocks already written keep their bytes, so their *meaning* changes with the scales: set
     /// scales before the first write, or forget what was written (prefix caches included, see
-    /// [`crate::blocks::PrefixCache::flush`]). A tensor of the same granularity keeps its buffer,
+    /// [`crate::blocks::BlockPool::flush_prefixes`]). A tensor of the same granularity keeps its buffer,
     /// so that a captured graph sees the new values.
     ///
     /// # Errors

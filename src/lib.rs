@@ -3,6 +3,7 @@
 
 pub mod args;
 pub mod backend;
+pub mod blocks;
 pub mod cache;
 pub mod codec;
 pub mod cpu;

@@ -1,0 +1,130 @@
+//! [`BlockAllocator`]: a reference count for each block, and a stack of those at zero.
+//!
+//! The stack is last-in first-out, so a block freed a moment ago, whose bytes may still be in a
+//! CPU's cache, is the next one used. Blocks are handed out from 0 upwards at first.
+
+use crate::error::{Error, Result};
+
+/// Reference-counted blocks `0..num_blocks`.
+#[derive(Clone, Debug)]
+pub struct BlockAllocator {
+    /// References to each block; zero means free.
+    counts: Vec<u32>,
+    /// The blocks with zero references, next one last.
+    free: Vec<u32>,
+    peak: usize,
+}
+
+impl BlockAllocator {
+    /// All of `num_blocks` blocks free. None at all is allowed: a host pool may be absent.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for more blocks than an `i32` block table can name.
+    pub fn new(num_blocks: usize) -> Result<Self> {
+        match i32::try_from(num_blocks) {
+            Ok(_) => Ok(BlockAllocator {
+                counts: vec![0; num_blocks],
+                free: (0..num_blocks as u32).rev().collect(),
+                peak: 0,
+            }),
+            Err(_) => Err(Error::Unsupported {
+                what: "the number of blocks",
+                value: num_blocks,
+                supported: "at most 2147483647, what an i32 block table can name",
+            }),
+        }
+    }
+
+    /// Blocks, free or not.
+    pub fn num_blocks(&self) -> usize {
+        self.counts.len()
+    }
+
+    /// Blocks nobody refers to.
+    pub fn num_free(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Blocks somebody refers to.
+    pub fn num_allocated(&self) -> usize {
+        self.counts.len() - self.free.len()
+    }
+
+    /// The most blocks ever allocated at once.
+    pub fn peak_allocated(&self) -> usize {
+        self.peak
+    }
+
+    /// References to `block`; zero if it is free or does not exist.
+    pub fn ref_count(&self, block: u32) -> u32 {
+        self.counts.get(block as usize).copied().unwrap_or(0)
+    }
+
+    /// A free block, with one reference.
+    ///
+    /// # Errors
+    /// [`Error::NoFreeBlocks`].
+    pub fn alloc(&mut self) -> Result<u32> {
+        let block = self.free.pop().ok_or(Error::NoFreeBlocks { requested: 1, free: 0 })?;
+        self.counts[block as usize] = 1;
+        self.peak = self.peak.max(self.num_allocated());
+        Ok(block)
+    }
+
+    /// One more reference to an allocated block.
+    ///
+    /// # Errors
+    /// [`Error::NotAllocated`]; [`Error::Overflow`] at 2³² references.
+    pub fn retain(&mut self, block: u32) -> Result<()> {
+        let count = self.count_mut(block)?;
+        *count = count.checked_add(1).ok_or(Error::Overflow { what: "the reference count of a block" })?;
+        Ok(())
+    }
+
+    /// One reference less; at zero the block is free. Returns the references left.
+    ///
+    /// # Errors
+    /// [`Error::NotAllocated`] if the block is free already (a double free), or does not exist.
+    pub fn release(&mut self, block: u32) -> Result<u32> {
+        let count = self.count_mut(block)?;
+        *count -= 1;
+        let left = *count;
+        if left == 0 {
+            self.free.push(block);
+        }
+        Ok(left)
+    }
+
+    /// The count of an allocated block.
+    fn count_mut(&mut self, block: u32) -> Result<&mut u32> {
+        self.counts.get_mut(block as usize).filter(|count| **count > 0).ok_or(Error::NotAllocated { block })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_references_and_refuses_a_double_free() {
+        let mut blocks = BlockAllocator::new(2).unwrap();
+        assert_eq!((blocks.alloc().unwrap(), blocks.alloc().unwrap()), (0, 1));
+        assert!(matches!(blocks.alloc(), Err(Error::NoFreeBlocks { requested: 1, free: 0 })));
+        blocks.retain(1).unwrap();
+        assert_eq!(blocks.release(1).unwrap(), 1);
+        assert_eq!((blocks.num_free(), blocks.ref_count(1)), (0, 1));
+        assert_eq!(blocks.release(1).unwrap(), 0);
+        assert_eq!((blocks.num_free(), blocks.num_allocated(), blocks.peak_allocated()), (1, 1, 2));
+        assert!(matches!(blocks.release(1), Err(Error::NotAllocated { block: 1 })));
+        assert!(matches!(blocks.retain(1), Err(Error::NotAllocated { block: 1 })));
+        assert!(matches!(blocks.release(2), Err(Error::NotAllocated { block: 2 })));
+        assert_eq!(blocks.num_free(), 1, "a refused release frees nothing");
+    }
+
+    #[test]
+    fn refuses_more_blocks_than_a_table_can_name() {
+        let too_many = i32::MAX as usize + 1;
+        assert!(matches!(BlockAllocator::new(too_many), Err(Error::Unsupported { value, .. }) if value == too_many));
+        assert!(matches!(BlockAllocator::new(0).unwrap().alloc(), Err(Error::NoFreeBlocks { .. })));
+    }
+}
