@@ -289,8 +289,8 @@ mod tests {
         insert(&mut cache, a, &[3, 4], 5);
         assert_eq!(cache.lookup(0, &[1, 2, 3, 4, 5, 6]).blocks, [3, 5]);
         assert_eq!(cache.lookup(0, &[1, 2, 3]).blocks, [3], "no partial block");
-        assert_eq!(cache.lookup(0, &[3, 4]).blocks, [], "the same tokens after another prefix are not the same");
-        assert_eq!(cache.lookup(1, &[1, 2]).blocks, [], "another extra key");
+        assert_eq!(cache.lookup(0, &[3, 4]).blocks, [0u32; 0], "the same tokens after another prefix are not the same");
+        assert_eq!(cache.lookup(1, &[1, 2]).blocks, [0u32; 0], "another extra key");
         let PrefixStats { tokens_looked_up, tokens_found, blocks_inserted, blocks_evicted } = cache.stats();
         assert_eq!((tokens_looked_up, tokens_found, blocks_inserted, blocks_evicted), (13, 6, 2, 0));
     }
@@ -321,7 +321,7 @@ mod tests {
         cache.mark_idle(2);
         assert_eq!((cache.evict(), cache.evict(), cache.evict()), (Some(3), Some(2), None));
         assert!(cache.contains(0) && cache.contains(1) && !cache.contains(2));
-        assert_eq!(cache.lookup(0, &[2]).blocks, []);
+        assert_eq!(cache.lookup(0, &[2]).blocks, [0u32; 0]);
     }
 
     #[test]
