@@ -87,13 +87,17 @@ def tale(rng, facts, fillers):
 def training_text(rng, shape):
     """One training document: a tale with all its questions, or (one in four) an echo.
 
-    An echo is random words said twice. It teaches copying long before tales alone would.
+    An echo is random words said twice. It teaches copying long before tales alone would. Returned
+    as (text, must_be_recalled) segments: what a reader of the text before it can know for certain.
     """
     if rng.random() < 0.25:
         words = " ".join(rng.choices(WORDS, k=rng.choice(shape["echo"])))
-        return f"{words}. Again: {words}.\n"
+        return [(f"{words}. Again:", False), (f" {words}.", True), ("\n", False)]
     text, pairs = tale(rng, rng.choice(shape["facts"]), rng.choice(shape["fillers"]))
-    return text + " " + " ".join(f"{question} {answer}" for question, answer in pairs) + "\n"
+    segments = [(text, False)]
+    for question, answer in pairs:
+        segments += [(f" {question}", False), (f" {answer}", True)]
+    return segments + [("\n", False)]
 
 
 def recall_case(rng, facts, fillers):

@@ -3,8 +3,10 @@
     python3 scripts/train_tales.py --out models/tales-3m
 
 Needs one CUDA GPU for about eight minutes, with torch, transformers and tokenizers. Two stages:
-short tales first, where copying is learnt, then long ones up to the full context. All text comes
-from `tales.py` and the seed. Writes a Hugging Face folder in bf16 and `train_report.json` with the
+short tales first, where copying is learnt, then long ones up to the full context. The loss weighs
+what can be recalled ten times as much as what can only be guessed: with equal weights the same
+budget on an H100 ended at 22 % recall with four facts. All text comes from `tales.py` and the
+seed. Writes a Hugging Face folder in bf16 and `train_report.json` with the
 arguments, losses and the recall rate over fresh tales.
 """
 
@@ -16,7 +18,6 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-import numpy as np
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -30,6 +31,7 @@ STAGES = [
     {"name": "long", "shape": tales.LONG, "tales": 320_000, "context": 1024, "batch": 32, "rate": 8e-4, "share": 0.58},
 ]
 WARMUP_STEPS = 200
+GUESSED_WEIGHT = 0.1
 
 
 def write_texts(job):
@@ -55,38 +57,53 @@ def train_tokenizer(texts, vocabulary):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(["".join(part for part, _ in text) for text in texts], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
     return tokenizer
 
 
 def encode(tokenizer, texts):
-    """One long row of ids: BOS text EOS BOS text EOS ..."""
-    rows = tokenizer.encode_batch(texts, add_special_tokens=False)
-    return torch.tensor(np.concatenate([np.array([BOS, *row.ids, EOS], dtype=np.int64) for row in rows]), device="cuda")
+    """One long row of ids, BOS text EOS BOS text EOS ..., and the loss weight of each."""
+    segments = [segment for text in texts for segment in text]
+    rows = tokenizer.encode_batch([text for text, _ in segments], add_special_tokens=False)
+    ids, weights = [], []
+    for (text, recalled), row in zip(segments, rows):
+        if not ids or ids[-1] == EOS:
+            ids.append(BOS)
+            weights.append(GUESSED_WEIGHT)
+        ids += row.ids
+        weights += [1.0 if recalled else GUESSED_WEIGHT] * len(row.ids)
+        if text == "\n":
+            ids.append(EOS)
+            weights.append(GUESSED_WEIGHT)
+    return torch.tensor(ids, device="cuda"), torch.tensor(weights, device="cuda")
 
 
-def windows(ids, count, context, generator):
-    """`count` random windows of `context + 1` ids."""
-    starts = torch.randint(0, len(ids) - context - 1, (count, 1), generator=generator, device="cuda")
-    return ids[starts + torch.arange(context + 1, device="cuda")]
+def windows(data, count, context, generator):
+    """`count` random windows of `context + 1` ids and weights."""
+    starts = torch.randint(0, len(data[0]) - context - 1, (count, 1), generator=generator, device="cuda")
+    places = starts + torch.arange(context + 1, device="cuda")
+    return data[0][places], data[1][places]
 
 
 def loss_of(model, batch):
+    ids, weights = batch
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        logits = model(batch[:, :-1]).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        logits = model(ids[:, :-1]).logits
+    losses = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
 
 
 @torch.no_grad()
-def held_out_loss(model, ids, context):
+def held_out_loss(model, data, context):
     generator = torch.Generator("cuda").manual_seed(7)
-    return round(loss_of(model, windows(ids, 64, context, generator)).item(), 4)
+    return round(loss_of(model, windows(data, 64, context, generator)).item(), 4)
 
 
 def train_stage(model, tokenizer, stage, seconds, seed):
     """Constant rate for half of the time, then linearly down to 2 %."""
-    ids = encode(tokenizer, make_texts(seed * 1000, stage["tales"], stage["shape"]))
+    data = encode(tokenizer, make_texts(seed * 1000, stage["tales"], stage["shape"]))
     held_out = encode(tokenizer, write_texts((987_654 + seed, 2000, stage["shape"])))
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() <= 1]
@@ -105,7 +122,7 @@ def train_stage(model, tokenizer, stage, seconds, seed):
         decay = 1.0 if done < 0.5 else max(0.02, 2 * (1 - done))
         for group in optimizer.param_groups:
             group["lr"] = stage["rate"] * min(1, (step + 1) / WARMUP_STEPS) * decay
-        loss = loss_of(compiled, windows(ids, stage["batch"], stage["context"], generator))
+        loss = loss_of(compiled, windows(data, stage["batch"], stage["context"], generator))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
