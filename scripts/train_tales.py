@@ -27,8 +27,8 @@ import tales
 
 BOS, EOS = 0, 1
 STAGES = [
-    {"name": "short", "shape": tales.SHORT, "tales": 600_000, "context": 512, "batch": 64, "rate": 1.5e-3, "share": 0.42},
-    {"name": "long", "shape": tales.LONG, "tales": 320_000, "context": 1024, "batch": 32, "rate": 8e-4, "share": 0.58},
+    {"name": "short", "shape": tales.SHORT, "tales": 300_000, "context": 512, "batch": 64, "rate": 1.5e-3, "share": 0.5},
+    {"name": "long", "shape": tales.LONG, "tales": 160_000, "context": 1024, "batch": 32, "rate": 8e-4, "share": 0.5},
 ]
 WARMUP_STEPS = 200
 GUESSED_WEIGHT = 0.1
@@ -169,7 +169,7 @@ def recall(model, tokenizer, count, facts, fillers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True)
-    parser.add_argument("--seconds", type=float, default=450, help="training time of both stages together")
+    parser.add_argument("--seconds", type=float, default=420, help="training time of both stages together")
     parser.add_argument("--recall", type=int, default=200, help="fresh tales per recall figure")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
