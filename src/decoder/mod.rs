@@ -4,11 +4,37 @@
 //! quantized cache on a model can be seen.
 //!
 //! ```text
+//! config            config.json, generation_config.json: every field checked, refused by name
+//! weights           mmap'ed safetensors, one file or sharded, kept as stored
+//! compute           the few operations that are not the cache's: a backend implements them
+//! batch, model      one step: token ids, slots, block tables in, logits out
 //! tokenizer, chat   text -> token ids and back
 //! sampling          logits -> next token
 //! ```
+//!
+//! A step writes the keys and values of all its tokens to the cache first and then attends over
+//! the cache, prefill included, so quantization is seen by every token and a prompt gives the same
+//! logits in one chunk or in many.
+//!
+//! Activations are f32 on the CPU, also where the checkpoint is bf16: results then differ from an
+//! implementation that rounds every activation to bf16 by that rounding, and by nothing else.
 
+pub mod batch;
 pub mod chat;
+pub mod compute;
+pub mod config;
+mod cpu_linear;
+mod cpu_ops;
+mod json;
+pub mod model;
+pub mod rope;
 pub mod sampling;
 mod strftime;
 pub mod tokenizer;
+pub mod weights;
+
+pub use batch::{Batch, WantedLogits};
+pub use compute::Compute;
+pub use config::{Architecture, Config, GenerationConfig};
+pub use model::Model;
+pub use weights::{HostTensor, Weights};
