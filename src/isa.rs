@@ -4,6 +4,7 @@
 //! every kernel. All choices give the same bytes in the cache.
 
 use std::fmt;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 /// A CPU instruction set the kernels are written for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -45,6 +46,21 @@ impl Isa {
             #[allow(unreachable_patterns)]
             _ => false,
         }
+    }
+
+    /// Itself, or [`Isa::Scalar`] where this machine cannot run it: the check, cheap enough for
+    /// every call, that lets safe functions take an `Isa`.
+    #[inline]
+    pub fn or_scalar(self) -> Isa {
+        // Bit 7: computed. Bit `isa`: available.
+        static AVAILABLE: AtomicU8 = AtomicU8::new(0);
+        let mut available = AVAILABLE.load(Ordering::Relaxed);
+        if available == 0 {
+            available =
+                Isa::ALL.into_iter().filter(|isa| isa.is_available()).fold(0x80, |all, isa| all | 1 << isa as u8);
+            AVAILABLE.store(available, Ordering::Relaxed);
+        }
+        if available & 1 << self as u8 != 0 { self } else { Isa::Scalar }
     }
 
     /// The fastest available choice.

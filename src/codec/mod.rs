@@ -15,11 +15,13 @@ mod fp8;
 pub mod e4m3;
 pub mod e4m3fnuz;
 pub mod e5m2;
+mod simd;
 mod slice;
 
 pub use e4m3::E4M3;
 pub use e4m3fnuz::E4M3Fnuz;
 pub use e5m2::E5M2;
+pub use fp8::Fp8;
 pub use slice::{ScaleRow, absmax_scaled_slice, absmax_slice, decode_slice, encode_slice};
 
 /// A storage format: how one f32 becomes one stored element, and back.

@@ -4,8 +4,8 @@
 //! inside a loop. Every [`Isa`] gives the same bits as the scalar loops here
 //! (`docs/numerics.md`), which are the specification.
 
-use super::{Codec, with_codec};
-use crate::format::{Element, KvFormat, Pod};
+use super::{Codec, PlainBF16, PlainF16, PlainF32, simd, with_codec};
+use crate::format::{DType, Element, KvFormat, Pod};
 use crate::isa::Isa;
 use crate::scale::combined_scale;
 
@@ -62,12 +62,8 @@ impl<'a> ScaleRow<'a> {
 #[inline]
 pub fn encode_slice<T: Element>(isa: Isa, format: KvFormat, src: &[T], scale: ScaleRow<'_>, dst: &mut [u8]) {
     assert_eq!(dst.len(), src.len() * format.bytes(), "bytes of {} elements of {format}", src.len());
-    if T::DTYPE.as_kv_format() == format {
-        return dst.copy_from_slice(as_bytes(src));
-    }
     assert!(!format.is_quantized() || scale.covers(src.len()), "scales of {} elements", src.len());
-    let _ = isa;
-    with_codec!(format, C => encode_scalar::<T, C>(src, scale, dst))
+    encode_row(isa, T::DTYPE, format, as_bytes(src), scale, dst);
 }
 
 /// `dst[i] = T::from_f32(decode(src[i]) * scale[i])` from `format`; `src` is little-endian storage
@@ -81,18 +77,14 @@ pub fn encode_slice<T: Element>(isa: Isa, format: KvFormat, src: &[T], scale: Sc
 #[inline]
 pub fn decode_slice<T: Element>(isa: Isa, format: KvFormat, src: &[u8], scale: ScaleRow<'_>, dst: &mut [T]) {
     assert_eq!(src.len(), dst.len() * format.bytes(), "bytes of {} elements of {format}", dst.len());
-    if T::DTYPE.as_kv_format() == format {
-        return as_bytes_mut(dst).copy_from_slice(src);
-    }
     assert!(!format.is_quantized() || scale.covers(dst.len()), "scales of {} elements", dst.len());
-    let _ = isa;
-    with_codec!(format, C => decode_scalar::<T, C>(src, scale, dst))
+    decode_row(isa, T::DTYPE, format, src, scale, as_bytes_mut(dst));
 }
 
 /// The largest |x| of a row: 0 if it is empty, NaN ignored, infinities count as `f32::MAX`.
 #[inline]
 pub fn absmax_slice<T: Element>(isa: Isa, src: &[T]) -> f32 {
-    absmax_scaled_slice(isa, src, ScaleRow::One(1.0))
+    absmax_row(isa, T::DTYPE, as_bytes(src), ScaleRow::One(1.0))
 }
 
 /// The largest |x / scale| of a row, what [`dynamic_scale`](crate::scale::dynamic_scale) is made
@@ -103,32 +95,91 @@ pub fn absmax_slice<T: Element>(isa: Isa, src: &[T]) -> f32 {
 #[inline]
 pub fn absmax_scaled_slice<T: Element>(isa: Isa, src: &[T], scale: ScaleRow<'_>) -> f32 {
     assert!(scale.covers(src.len()), "scales of {} elements", src.len());
-    let _ = isa;
-    absmax_scalar(src, scale)
+    absmax_row(isa, T::DTYPE, as_bytes(src), scale)
 }
 
-fn encode_scalar<T: Element, C: Codec>(src: &[T], scale: ScaleRow<'_>, dst: &mut [u8]) {
-    for (i, (x, dst)) in src.iter().zip(dst.chunks_exact_mut(C::BYTES)).enumerate() {
-        let x = x.to_f32();
-        C::store(if C::QUANTIZED { x / scale.get(i) } else { x }, dst);
+/// Runs `$body` with `$C` naming the codec that stores a run-time [`DType`] unchanged.
+macro_rules! with_dtype {
+    ($dtype:expr, $C:ident => $body:expr) => {
+        match $dtype {
+            DType::F32 => {
+                type $C = PlainF32;
+                $body
+            }
+            DType::F16 => {
+                type $C = PlainF16;
+                $body
+            }
+            DType::BF16 => {
+                type $C = PlainBF16;
+                $body
+            }
+        }
+    };
+}
+
+/// [`encode_slice`] on bytes of `dtype`: not generic, so compiled once, here.
+fn encode_row(isa: Isa, dtype: DType, format: KvFormat, src: &[u8], scale: ScaleRow<'_>, dst: &mut [u8]) {
+    if dtype.as_kv_format() == format {
+        return dst.copy_from_slice(src);
+    }
+    let isa = isa.or_scalar();
+    with_dtype!(dtype, A => with_codec!(format, B => {
+        // SAFETY: `or_scalar` gives nothing this machine cannot run.
+        if !unsafe { simd::encode::<A, B>(isa, src, scale, dst) } {
+            encode_scalar::<A, B>(src, scale, dst);
+        }
+    }))
+}
+
+/// [`decode_slice`] to bytes of `dtype`.
+fn decode_row(isa: Isa, dtype: DType, format: KvFormat, src: &[u8], scale: ScaleRow<'_>, dst: &mut [u8]) {
+    if dtype.as_kv_format() == format {
+        return dst.copy_from_slice(src);
+    }
+    let isa = isa.or_scalar();
+    with_codec!(format, A => with_dtype!(dtype, B => {
+        // SAFETY: `or_scalar` gives nothing this machine cannot run.
+        if !unsafe { simd::decode::<A, B>(isa, src, scale, dst) } {
+            decode_scalar::<A, B>(src, scale, dst);
+        }
+    }))
+}
+
+/// [`absmax_scaled_slice`] of bytes of `dtype`.
+fn absmax_row(isa: Isa, dtype: DType, src: &[u8], scale: ScaleRow<'_>) -> f32 {
+    let isa = isa.or_scalar();
+    with_dtype!(dtype, A => {
+        // SAFETY: `or_scalar` gives nothing this machine cannot run.
+        unsafe { simd::absmax::<A>(isa, src, scale) }.unwrap_or_else(|| absmax_scalar::<A>(src, scale))
+    })
+}
+
+/// The specification of [`encode_slice`].
+pub(super) fn encode_scalar<A: Codec, B: Codec>(src: &[u8], scale: ScaleRow<'_>, dst: &mut [u8]) {
+    for (i, (src, dst)) in src.chunks_exact(A::BYTES).zip(dst.chunks_exact_mut(B::BYTES)).enumerate() {
+        let x = A::load(src);
+        B::store(if B::QUANTIZED { x / scale.get(i) } else { x }, dst);
     }
 }
 
-fn decode_scalar<T: Element, C: Codec>(src: &[u8], scale: ScaleRow<'_>, dst: &mut [T]) {
-    for (i, (src, y)) in src.chunks_exact(C::BYTES).zip(dst).enumerate() {
-        let x = C::load(src);
-        *y = T::from_f32(if C::QUANTIZED { x * scale.get(i) } else { x });
+/// The specification of [`decode_slice`].
+pub(super) fn decode_scalar<A: Codec, B: Codec>(src: &[u8], scale: ScaleRow<'_>, dst: &mut [u8]) {
+    for (i, (src, dst)) in src.chunks_exact(A::BYTES).zip(dst.chunks_exact_mut(B::BYTES)).enumerate() {
+        let x = A::load(src);
+        B::store(if A::QUANTIZED { x * scale.get(i) } else { x }, dst);
     }
 }
 
-fn absmax_scalar<T: Element>(src: &[T], scale: ScaleRow<'_>) -> f32 {
+/// The specification of [`absmax_scaled_slice`].
+pub(super) fn absmax_scalar<A: Codec>(src: &[u8], scale: ScaleRow<'_>) -> f32 {
     // f32::max ignores a NaN operand.
-    let max = src.iter().enumerate().fold(0.0f32, |max, (i, x)| max.max((x.to_f32() / scale.get(i)).abs()));
-    max.min(f32::MAX)
+    let magnitudes = src.chunks_exact(A::BYTES).enumerate().map(|(i, src)| (A::load(src) / scale.get(i)).abs());
+    magnitudes.fold(0.0, f32::max).min(f32::MAX)
 }
 
 /// The bytes of a row of plain numbers.
-fn as_bytes<T: Pod>(row: &[T]) -> &[u8] {
+pub(super) fn as_bytes<T: Pod>(row: &[T]) -> &[u8] {
     // SAFETY: `Pod` types have no padding; the slice covers the same memory for the same lifetime.
     unsafe { std::slice::from_raw_parts(row.as_ptr().cast(), size_of_val(row)) }
 }
