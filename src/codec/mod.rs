@@ -23,6 +23,7 @@ pub use e4m3fnuz::E4M3Fnuz;
 pub use e5m2::E5M2;
 pub use fp8::Fp8;
 pub use slice::{ScaleRow, absmax_scaled_slice, absmax_slice, decode_slice, encode_slice};
+pub(crate) use slice::{as_bytes, as_bytes_mut};
 
 /// A storage format: how one f32 becomes one stored element, and back.
 pub trait Codec: Copy + Send + Sync + 'static {

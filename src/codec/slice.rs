@@ -179,13 +179,13 @@ pub(super) fn absmax_scalar<A: Codec>(src: &[u8], scale: ScaleRow<'_>) -> f32 {
 }
 
 /// The bytes of a row of plain numbers.
-pub(super) fn as_bytes<T: Pod>(row: &[T]) -> &[u8] {
+pub(crate) fn as_bytes<T: Pod>(row: &[T]) -> &[u8] {
     // SAFETY: `Pod` types have no padding; the slice covers the same memory for the same lifetime.
     unsafe { std::slice::from_raw_parts(row.as_ptr().cast(), size_of_val(row)) }
 }
 
 /// The bytes of a row of plain numbers, writable.
-fn as_bytes_mut<T: Pod>(row: &mut [T]) -> &mut [u8] {
+pub(crate) fn as_bytes_mut<T: Pod>(row: &mut [T]) -> &mut [u8] {
     // SAFETY: as above, and any bytes are a valid `Pod`; the borrow is exclusive.
     unsafe { std::slice::from_raw_parts_mut(row.as_mut_ptr().cast(), size_of_val(row)) }
 }

@@ -14,7 +14,11 @@ mod copy;
 mod gather;
 mod merge_states;
 mod ragged;
+mod rows;
 mod scalar;
+mod threads;
+
+use std::alloc::Layout;
 
 use crate::args::{
     Absmax, CacheWrite, CopyBlocks, Dequantize, Gather, GatherBytes, MergeStates, PagedAttention, Quantize, SwapBlocks,
@@ -85,10 +89,21 @@ impl Backend for CpuBackend {
 
     fn zeros<T: Pod>(&self, what: &'static str, len: usize) -> Result<Vec<T>> {
         let bytes = checked_product(what, &[len, size_of::<T>()])?;
-        let mut buffer = Vec::new();
-        buffer.try_reserve_exact(len).map_err(|_| Error::OutOfMemory { what, bytes })?;
-        buffer.resize(len, T::default());
-        Ok(buffer)
+        if bytes == 0 {
+            return Ok(vec![T::default(); len]);
+        }
+        // Zero pages come from the operating system untouched: a cache of many gigabytes is made at
+        // once, and resident only as far as it is used. (`Vec::resize` would write all of it, and
+        // `vec![]` aborts where there is no memory.)
+        let layout = Layout::array::<T>(len).map_err(|_| Error::Overflow { what })?;
+        // SAFETY: the layout has a size other than zero.
+        let buffer = unsafe { std::alloc::alloc_zeroed(layout) }.cast::<T>();
+        if buffer.is_null() {
+            return Err(Error::OutOfMemory { what, bytes });
+        }
+        // SAFETY: allocated just now by the global allocator with the layout of `len` elements of T, a
+        // `Pod`, for which zero bits are a value.
+        Ok(unsafe { Vec::from_raw_parts(buffer, len, len) })
     }
 
     fn upload<T: Pod>(&self, src: &[T], dst: &mut Vec<T>) -> Result<()> {
@@ -164,7 +179,7 @@ impl Backend for CpuBackend {
         op.validate()?;
         match self.isa {
             Isa::Scalar => scalar::merge_states(op),
-            _ => merge_states::run(op),
+            isa => merge_states::run(op, isa),
         }
         Ok(())
     }

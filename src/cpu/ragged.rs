@@ -65,3 +65,67 @@ pub(super) fn checked_slot(slot: i64, shape: &CacheShape, faults: &FaultWord) ->
     let (slot, block_size) = (slot as usize, shape.spec.block_size);
     Some((slot / block_size, slot % block_size))
 }
+
+/// The block tables of a gather, and where each sequence begins.
+pub(super) struct Table<'a> {
+    pub(super) blocks: &'a [i32],
+    pub(super) stride: usize,
+    pub(super) starts: Option<&'a [i32]>,
+    pub(super) shape: &'a CacheShape,
+    pub(super) faults: &'a FaultWord,
+}
+
+impl<'a> Table<'a> {
+    /// Output rows `window` in runs `(first row, count, place)` that lie side by side in one block, or
+    /// have no place.
+    pub(super) fn runs(
+        &'a self,
+        cu_seq_lens: &'a [i32],
+        num_tokens: usize,
+        window: Range<usize>,
+    ) -> impl Iterator<Item = (usize, usize, Option<(usize, usize)>)> + 'a {
+        sequence_rows(cu_seq_lens, num_tokens, self.faults).flat_map(move |(seq, rows)| {
+            let end = rows.end.min(window.end);
+            let mut row = rows.start.max(window.start);
+            std::iter::from_fn(move || {
+                let left = end.checked_sub(row).filter(|&left| left > 0)?;
+                let place = self.place(seq, row - rows.start);
+                let room = place.map_or(1, |(_, slot)| self.shape.spec.block_size - slot);
+                let run = (row, room.min(left), place);
+                row += run.1;
+                Some(run)
+            })
+        })
+    }
+
+    /// Every output row some sequence claims, ascending, with the `(block, slot)` it comes from;
+    /// `None` where that place is outside the table or the cache.
+    pub(super) fn rows(
+        &'a self,
+        cu_seq_lens: &'a [i32],
+        num_tokens: usize,
+    ) -> impl Iterator<Item = (usize, Option<(usize, usize)>)> + 'a {
+        sequence_rows(cu_seq_lens, num_tokens, self.faults).flat_map(move |(seq, rows)| {
+            let first = rows.start;
+            rows.map(move |row| (row, self.place(seq, row - first)))
+        })
+    }
+
+    /// The `(block, slot)` of the `t`-th token gathered of a sequence.
+    fn place(&self, seq: usize, t: usize) -> Option<(usize, usize)> {
+        let start = self.starts.map_or(0, |starts| i64::from(starts[seq]));
+        // `start` is an i32 and `t` counts elements of a buffer: their sum fits.
+        let position = usize::try_from(start + t as i64).ok();
+        let block_size = self.shape.spec.block_size;
+        match position.filter(|position| position / block_size < self.stride) {
+            Some(position) => {
+                let entry = self.blocks[seq * self.stride + position / block_size];
+                checked_block(entry, self.shape.num_blocks, self.faults).map(|block| (block, position % block_size))
+            }
+            None => {
+                self.faults.set(Faults::SEQ_LEN_OUT_OF_RANGE);
+                None
+            }
+        }
+    }
+}

@@ -9,11 +9,8 @@ pub(in crate::cpu) fn absmax<T: Element>(op: Absmax<'_, CpuBackend, T>) {
             let row = &op.input[op.strides.index(token, head)..][..op.head_dim];
             for (channel, x) in row.iter().enumerate() {
                 let running = &mut op.running[strides.index(head, channel)];
-                // `f32::max` ignores NaN, which is tested before `min` could turn it into MAX.
                 let x = x.to_f32().abs();
-                if !x.is_nan() {
-                    *running = running.max(x.min(f32::MAX));
-                }
+                *running = running.max(if x.is_nan() { 0.0 } else { x.min(f32::MAX) });
             }
         }
     }

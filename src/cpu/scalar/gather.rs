@@ -1,6 +1,6 @@
 //! [`Gather`] and [`GatherBytes`], specified.
 
-use super::super::ragged::{checked_block, sequence_rows};
+use super::super::ragged::Table;
 use super::*;
 
 pub(in crate::cpu) fn gather<T: Element>(op: Gather<'_, CpuBackend, T>, faults: &FaultWord) {
@@ -50,48 +50,6 @@ fn gather_codes(shape: &CacheShape, half: Half, from: &[u8], row: usize, place: 
                     code.copy_from_slice(&from[at..at + size]);
                 }
                 None => code.fill(0),
-            }
-        }
-    }
-}
-
-/// The block tables of a gather, and where each sequence begins.
-pub(in crate::cpu) struct Table<'a> {
-    pub(in crate::cpu) blocks: &'a [i32],
-    pub(in crate::cpu) stride: usize,
-    pub(in crate::cpu) starts: Option<&'a [i32]>,
-    pub(in crate::cpu) shape: &'a CacheShape,
-    pub(in crate::cpu) faults: &'a FaultWord,
-}
-
-impl<'a> Table<'a> {
-    /// Every output row some sequence claims, ascending, with the `(block, slot)` it comes from;
-    /// `None` where that place is outside the table or the cache.
-    pub(in crate::cpu) fn rows(
-        &'a self,
-        cu_seq_lens: &'a [i32],
-        num_tokens: usize,
-    ) -> impl Iterator<Item = (usize, Option<(usize, usize)>)> + 'a {
-        sequence_rows(cu_seq_lens, num_tokens, self.faults).flat_map(move |(seq, rows)| {
-            let first = rows.start;
-            rows.map(move |row| (row, self.place(seq, row - first)))
-        })
-    }
-
-    /// The `(block, slot)` of the `t`-th token gathered of a sequence.
-    fn place(&self, seq: usize, t: usize) -> Option<(usize, usize)> {
-        let start = self.starts.map_or(0, |starts| i64::from(starts[seq]));
-        // `start` is an i32 and `t` counts elements of a buffer: their sum fits.
-        let position = usize::try_from(start + t as i64).ok();
-        let block_size = self.shape.spec.block_size;
-        match position.filter(|position| position / block_size < self.stride) {
-            Some(position) => {
-                let entry = self.blocks[seq * self.stride + position / block_size];
-                checked_block(entry, self.shape.num_blocks, self.faults).map(|block| (block, position % block_size))
-            }
-            None => {
-                self.faults.set(Faults::SEQ_LEN_OUT_OF_RANGE);
-                None
             }
         }
     }

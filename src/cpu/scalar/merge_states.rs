@@ -10,7 +10,14 @@ pub(in crate::cpu) fn merge_states<T: Element>(op: MergeStates<'_, CpuBackend, T
             let merge = Merge::new(op.a_lse[state], op.b_lse[state]);
             let row = op.strides.index(token, head);
             for at in row..row + op.head_dim {
-                op.output[at] = T::from_f32(merge.channel(op.a[at].to_f32(), op.b[at].to_f32()));
+                op.output[at] = match merge {
+                    Merge::Neither => T::default(),
+                    Merge::OnlyA { .. } => op.a[at],
+                    Merge::OnlyB { .. } => op.b[at],
+                    Merge::Both { weight_a, weight_b, .. } => {
+                        T::from_f32(weighted_mean(op.a[at].to_f32(), weight_a, op.b[at].to_f32(), weight_b))
+                    }
+                };
             }
             if let Some(lse_out) = lse_out.as_deref_mut() {
                 lse_out[state] = merge.lse();
@@ -22,13 +29,13 @@ pub(in crate::cpu) fn merge_states<T: Element>(op: MergeStates<'_, CpuBackend, T
 /// How to merge two states, from their LSEs alone.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) enum Merge {
-    /// Neither has keys.
+    /// Neither has keys: zeros.
     Neither,
-    /// Only `a` has keys: its row and LSE are the result, and nothing of `b` (which may be NaN) is read.
+    /// Only `a` has keys: its row is the result. Nothing of `b`, which may hold NaN, is read.
     OnlyA { lse: f32 },
     /// Only `b` has keys.
     OnlyB { lse: f32 },
-    /// Both have.
+    /// Both have: their weighted mean.
     Both { weight_a: f32, weight_b: f32, max: f32 },
 }
 
@@ -45,16 +52,6 @@ impl Merge {
         }
     }
 
-    #[inline(always)]
-    pub(in crate::cpu) fn channel(&self, a: f32, b: f32) -> f32 {
-        match *self {
-            Merge::Neither => 0.0,
-            Merge::OnlyA { .. } => a,
-            Merge::OnlyB { .. } => b,
-            Merge::Both { weight_a, weight_b, .. } => (a * weight_a + b * weight_b) / (weight_a + weight_b),
-        }
-    }
-
     pub(in crate::cpu) fn lse(&self) -> f32 {
         match *self {
             Merge::Neither => f32::NEG_INFINITY,
@@ -62,4 +59,10 @@ impl Merge {
             Merge::Both { weight_a, weight_b, max } => max + (weight_a + weight_b).ln(),
         }
     }
+}
+
+/// One channel of the weighted mean.
+#[inline(always)]
+pub(in crate::cpu) fn weighted_mean(a: f32, weight_a: f32, b: f32, weight_b: f32) -> f32 {
+    (a * weight_a + b * weight_b) / (weight_a + weight_b)
 }

@@ -15,7 +15,7 @@ pub(super) use absmax::{absmax, update_scales};
 pub(super) use cache_write::cache_write;
 pub(super) use convert::{dequantize, quantize};
 pub(super) use gather::{gather, gather_bytes};
-pub(super) use merge_states::merge_states;
+pub(super) use merge_states::{Merge, merge_states, weighted_mean};
 pub(super) use paged_attention::paged_attention;
 
 use super::*;
