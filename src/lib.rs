@@ -5,6 +5,8 @@ pub mod args;
 pub mod backend;
 pub mod blocks;
 pub mod cache;
+#[cfg(feature = "decoder")]
+pub mod checkpoint;
 pub mod codec;
 pub mod cpu;
 #[cfg(feature = "decoder")]

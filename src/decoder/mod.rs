@@ -25,7 +25,7 @@ pub mod compute;
 pub mod config;
 mod cpu_linear;
 mod cpu_ops;
-mod json;
+pub(crate) mod json;
 pub mod model;
 pub mod rope;
 pub mod sampling;

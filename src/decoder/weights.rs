@@ -223,6 +223,32 @@ impl Weights {
         Ok(tensor)
     }
 
+    /// Shape and values of a small tensor of any float type that plain Rust has or `half` adds;
+    /// at most `limit` values.
+    ///
+    /// # Errors
+    /// As [`Weights::tensor`], and [`Error::InvalidFile`] for an empty tensor or more values.
+    pub(crate) fn floats(&self, name: &str, limit: usize) -> Result<(Vec<usize>, Vec<f32>)> {
+        let double = self.entries.get(name).filter(|entry| entry.dtype == Dtype::F64);
+        let (path, shape) = match double {
+            Some(entry) => (entry.file.path.clone(), entry.shape.clone()),
+            None => self.tensor(name).map(|tensor| (tensor.file.path.clone(), tensor.shape))?,
+        };
+        let count = shape.iter().product::<usize>();
+        if !(1..=limit).contains(&count) {
+            let reason = format!("tensor {name:?} has shape {shape:?}, expected 1 to {limit} values");
+            return Err(Error::InvalidFile { path, reason });
+        }
+        let values = match double {
+            Some(entry) => entry.file.map[entry.offset..entry.offset + count * 8]
+                .chunks_exact(8)
+                .map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32)
+                .collect(),
+            None => self.tensor(name)?.to_f32(),
+        };
+        Ok((shape, values))
+    }
+
     /// Whether there is a tensor of this name.
     pub fn contains(&self, name: &str) -> bool {
         self.entries.contains_key(name)

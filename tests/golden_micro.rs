@@ -1,0 +1,158 @@
+//! The decoder over quantized caches, against torch: real LLM Compressor checkpoints, five prompts,
+//! 24 greedy tokens each. Goldens: transformers 5.17 with an explicit f32 quantize-dequantize
+//! cache in which every token, prefill included, is quantized before attention reads it.
+
+mod decoder_support;
+
+use decoder_support::{cache_for, fixture, golden_tensors, greedy, load, max_abs_diff};
+use quantkv::checkpoint::kv_scales;
+use quantkv::decoder::Model;
+use quantkv::scale::LayerScales;
+use quantkv::{Backend, CacheLayout, CpuBackend, KvFormat};
+use serde_json::Value;
+
+/// (mode, cache format, where scales come from)
+const MODES: [(&str, KvFormat, Scales); 5] = [
+    ("none", KvFormat::F32, Scales::One),
+    ("e4m3_cal", KvFormat::Fp8E4M3, Scales::Checkpoint),
+    ("e4m3_one", KvFormat::Fp8E4M3, Scales::One),
+    ("e5m2_one", KvFormat::Fp8E5M2, Scales::One),
+    ("e4m3_fly", KvFormat::Fp8E4M3, Scales::FirstStep),
+];
+
+#[derive(Clone, Copy, PartialEq)]
+enum Scales {
+    One,
+    Checkpoint,
+    FirstStep,
+}
+
+fn golden_json(name: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(fixture(name).join("golden.json")).unwrap()).unwrap()
+}
+
+fn numbers<T: TryFrom<u64>>(value: &Value) -> Vec<T>
+where
+    T::Error: std::fmt::Debug,
+{
+    value.as_array().unwrap().iter().map(|x| T::try_from(x.as_u64().unwrap()).unwrap()).collect()
+}
+
+fn floats(value: &Value) -> Vec<f32> {
+    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect()
+}
+
+fn layer_scales(model: &Model<CpuBackend>, source: Scales) -> Vec<LayerScales> {
+    match source {
+        Scales::Checkpoint => kv_scales(model.weights(), model.config()).unwrap().unwrap(),
+        Scales::One | Scales::FirstStep => vec![LayerScales::one(); model.config().num_layers],
+    }
+}
+
+#[test]
+fn f32_tokens_are_exactly_those_of_torch() {
+    let name = "micro/llmcompressor-tiny-f32";
+    let (json, tensors) = (golden_json(name), golden_tensors(&fixture(name).join("golden.safetensors")));
+    let mut model = load(&fixture(name));
+    for (mode, format, source) in MODES {
+        let mut worst = 0.0f32;
+        for (i, prompt) in json["ids"].as_array().unwrap().iter().enumerate() {
+            let golden = &json["modes"][mode][i];
+            let prompt: Vec<u32> = numbers(prompt);
+            for (layout, block_size) in [(CacheLayout::Hnd, 16), (CacheLayout::Nhd, 8), (CacheLayout::VllmPacked, 16)] {
+                let spec = model.cache_spec(block_size, format).unwrap().with_layout(layout).unwrap();
+                let scales = layer_scales(&model, source);
+                let (mut cache, table) = cache_for(&model, spec, &scales, prompt.len() + 24);
+                if source == Scales::FirstStep {
+                    model.scales_from_next_step();
+                }
+                let run = greedy(&mut model, &mut cache, &table, &prompt, prompt.len(), 24);
+                let case = format!("{mode}, prompt {i}, {layout:?}");
+                assert_eq!(run.tokens, numbers::<u32>(&golden["new_ids"]), "{case}");
+                let want = &tensors[&format!("{mode}.{i}.prefill_logits")];
+                // Of the long prompt the golden file keeps the last rows only.
+                let got = &run.prefill_logits[run.prefill_logits.len() - want.len()..];
+                worst = worst.max(max_abs_diff(got, want));
+                worst = worst.max(max_abs_diff(&run.decode_logits, &tensors[&format!("{mode}.{i}.decode_logits")]));
+                if source == Scales::FirstStep {
+                    check_first_step_scales(&cache, &golden["fly_scales"], &case);
+                }
+            }
+        }
+        println!("{mode}: logits differ by {worst} at most");
+        assert!(worst < 1e-4, "{mode}: {worst}");
+    }
+    assert!(model.backend().faults().unwrap().is_empty());
+}
+
+fn check_first_step_scales(cache: &quantkv::PagedKvCache<CpuBackend>, golden: &Value, case: &str) {
+    for layer in 0..cache.num_layers() {
+        let want = floats(&golden[layer.to_string()]);
+        let got = cache.scales(layer).unwrap();
+        for (got, want) in [(got.k.values()[0], want[0]), (got.v.values()[0], want[1])] {
+            // The same maximum of activations that agree to a few ulps of their largest.
+            assert!((got - want).abs() <= 1e-5 * want, "{case}, layer {layer}: {got} {want}");
+        }
+    }
+}
+
+/// bf16 goldens round every activation to bf16 and we do not, so tokens are compared only up to the
+/// first near tie: while torch's margin exceeds what bf16 rounding may move a logit.
+#[test]
+fn bf16_tokens_agree_where_margins_allow() {
+    for name in ["micro/llmcompressor-tiny", "micro/llmcompressor-tiny-kvhead"] {
+        let (json, tensors) = (golden_json(name), golden_tensors(&fixture(name).join("golden.safetensors")));
+        let mut model = load(&fixture(name));
+        assert_eq!(model.dtype(), quantkv::DType::BF16);
+        for (mode, format, source) in MODES {
+            let (mut compared, mut square, mut count) = (0, 0.0f64, 0usize);
+            for (i, prompt) in json["ids"].as_array().unwrap().iter().enumerate() {
+                let golden = &json["modes"][mode][i];
+                let prompt: Vec<u32> = numbers(prompt);
+                let spec = model.cache_spec(16, format).unwrap();
+                let (mut cache, table) = cache_for(&model, spec, &layer_scales(&model, source), prompt.len() + 24);
+                if source == Scales::FirstStep {
+                    model.scales_from_next_step();
+                }
+                let run = greedy(&mut model, &mut cache, &table, &prompt, prompt.len(), 24);
+                let want = &tensors[&format!("{mode}.{i}.prefill_logits")];
+                let got = &run.prefill_logits[run.prefill_logits.len() - want.len()..];
+                square += got.iter().zip(want).map(|(a, b)| f64::from(a - b).powi(2)).sum::<f64>();
+                count += want.len();
+                let want: Vec<u32> = numbers(&golden["new_ids"]);
+                for ((got, want), margin) in run.tokens.iter().zip(&want).zip(floats(&golden["margins"])) {
+                    if got != want {
+                        assert!(margin < 0.25, "{name} {mode}, prompt {i}: {got} for {want} with margin {margin}");
+                        break;
+                    }
+                    compared += 1;
+                }
+            }
+            let rms = (square / count as f64).sqrt();
+            println!("{name} {mode}: rms logit difference {rms:.4}, {compared} tokens of 120 before a near tie");
+            assert!(rms < 0.15, "{name} {mode}: rms {rms}");
+            assert!(compared > 20, "{name} {mode}: only {compared} tokens compared");
+        }
+    }
+}
+
+#[test]
+fn checkpoint_scales_are_read_in_every_shape() {
+    for name in ["micro/llmcompressor-tiny-f32", "micro/llmcompressor-tiny", "micro/llmcompressor-tiny-kvhead"] {
+        let json = golden_json(name);
+        let model = load(&fixture(name));
+        let scales = kv_scales(model.weights(), model.config()).unwrap().unwrap();
+        for (layer, scales) in scales.iter().enumerate() {
+            assert_eq!(scales.k.values(), floats(&json["k_scale"][layer]), "{name} layer {layer}");
+            assert_eq!(scales.v.values(), floats(&json["v_scale"][layer]), "{name} layer {layer}");
+        }
+        let heads = if name.ends_with("kvhead") { 2 } else { 1 };
+        assert_eq!(scales[0].k.values().len(), heads);
+    }
+    // Zero points and query scales beside them are ignored.
+    let model = load(&fixture("micro/llmcompressor-tiny-attn-tensor"));
+    assert_eq!(kv_scales(model.weights(), model.config()).unwrap().unwrap().len(), 4);
+    // A checkpoint without scales.
+    let model = load(&fixture("arch/llama-default"));
+    assert_eq!(kv_scales(model.weights(), model.config()).unwrap(), None);
+}
