@@ -1,0 +1,314 @@
+//! Attention and the merge of partial states in f64, with the error an f32 kernel may make.
+//!
+//! The tolerance follows the arithmetic the contract allows (f32, any order of sums, scales folded
+//! anywhere, exp2 domain). With `u = 2^-24` and `A_j = |softmax_scale| Σ_d |q_d k_jd|`:
+//!
+//! ```text
+//! score      |δs_j| <= (D + 8) u A_j         D products, D - 1 sums, a few foldings of scales
+//!                    + 16 u cap              soft cap: slope at most 1, tanh to 16 u
+//!                    + 8 u (|s_j| + |alibi|) conversion to base 2 and the bias
+//! weights    E = max_j |δs_j| + 16 u         exp of a shifted argument, to 16 u
+//! output     |δo_d| <= Σ_j p_j |v_jd| (2 E + 2 (n + 16) u) + ½ ulp_out(o_d)
+//! lse        |δl| <= E + (n + 16) u + 8 u |l|
+//! ```
+//! Numerator and denominator each carry E and a sum of n terms, hence the factors 2.
+
+use quantkv::args::{AttentionParams, RowStrides};
+use quantkv::layout::Half;
+use quantkv::{DType, Faults};
+
+use super::formats::{quantized, smallest, unit_roundoff};
+use super::geometry::{Geometry, Layer, Scales};
+use super::rows::Rows;
+
+/// Unit roundoff of f32.
+const U: f64 = 1.0 / (1u64 << 24) as f64;
+
+#[derive(Clone, Debug)]
+pub struct AttentionCase {
+    pub geometry: Geometry,
+    pub layer: Layer,
+    pub k_scale: Scales,
+    pub v_scale: Scales,
+    pub params: AttentionParams,
+    pub num_heads: usize,
+    pub num_tokens: usize,
+    pub dtype: DType,
+    pub query: Rows,
+    pub query_starts: Vec<i32>,
+    pub seq_lens: Vec<i32>,
+    pub tables: Vec<i32>,
+    pub table_stride: usize,
+    pub alibi: Option<Vec<f32>>,
+    pub sinks: Option<Vec<f32>>,
+    /// The output's layout, and what it holds before.
+    pub output: Rows,
+    /// What the LSE buffer holds before, if there is one.
+    pub lse: Option<Vec<f32>>,
+}
+
+/// What one (token, head) must be.
+#[derive(Clone, Debug)]
+pub struct Expected {
+    pub out: Vec<f64>,
+    pub out_tolerance: Vec<f64>,
+    pub lse: f64,
+    pub lse_tolerance: f64,
+}
+
+/// A sequence as the kernel must see it after clamping.
+#[derive(Clone, Copy, Debug)]
+pub struct Sequence {
+    pub first: usize,
+    pub queries: usize,
+    pub len: usize,
+}
+
+/// The sequences whose query starts are sound, and the faults that starts and lengths owe and
+/// allow. A length that no query asks about may be looked at or not.
+pub fn sequences(case: &AttentionCase) -> (Vec<Option<Sequence>>, Faults, Faults) {
+    let (mut owed, mut allowed, mut claimed) = (Faults::NONE, Faults::NONE, 0);
+    let capacity = case.table_stride.saturating_mul(case.geometry.block_size);
+    let sequences = (0..case.seq_lens.len())
+        .map(|s| {
+            let (first, last) = (i64::from(case.query_starts[s]), i64::from(case.query_starts[s + 1]));
+            let len = usize::try_from(case.seq_lens[s]).unwrap_or(0).min(capacity);
+            let bad_len = len as i64 != i64::from(case.seq_lens[s]);
+            if bad_len {
+                allowed = allowed.union(Faults::SEQ_LEN_OUT_OF_RANGE);
+            }
+            if (first == last && first < claimed) || case.num_tokens == 0 {
+                // Claims no row: skipped or not, nothing shows.
+                allowed = allowed.union(Faults::QUERY_START_OUT_OF_RANGE);
+            }
+            if first < 0 || last < first || last > case.num_tokens as i64 || (first < claimed && last > first) {
+                owed = owed.union(Faults::QUERY_START_OUT_OF_RANGE);
+                return None;
+            }
+            claimed = claimed.max(last);
+            if bad_len && last > first {
+                owed = owed.union(Faults::SEQ_LEN_OUT_OF_RANGE);
+            }
+            Some(Sequence { first: first as usize, queries: (last - first) as usize, len })
+        })
+        .collect();
+    (sequences, owed, allowed)
+}
+
+/// Whether the query at position `p` sees key `j`.
+pub fn visible(case: &AttentionCase, p: i64, j: i64) -> bool {
+    j <= p && case.params.sliding_window.is_none_or(|window| j as i128 > p as i128 - window as i128)
+}
+
+/// Where position `j` of sequence `s` lies: `None` if its block id is outside the cache.
+pub fn slot_of(case: &AttentionCase, s: usize, j: usize) -> Option<(usize, usize)> {
+    let block = case.tables[s * case.table_stride + j / case.geometry.block_size];
+    let block = usize::try_from(block).ok().filter(|&block| block < case.geometry.num_blocks)?;
+    Some((block, j % case.geometry.block_size))
+}
+
+/// The dequantized value, exact but for f64.
+fn element(case: &AttentionCase, half: Half, (block, slot): (usize, usize), head: usize, d: usize) -> f64 {
+    let code = f64::from(case.layer.load(&case.geometry, half, (block, head, slot, d)));
+    if !quantized(case.geometry.format(half)) {
+        return code;
+    }
+    let scales = if half == Half::K { &case.k_scale } else { &case.v_scale };
+    let dynamic = case.layer.dynamic_scale(&case.geometry, half, (block, head, slot));
+    code * f64::from(scales.at(head, d)) * f64::from(dynamic)
+}
+
+/// What query row `row` (position `p` of sequence `s`) must give for query head `h`; also whether
+/// it met a block outside the cache.
+pub fn attend(case: &AttentionCase, s: usize, sequence: Sequence, i: usize, h: usize) -> (Expected, bool) {
+    let geometry = &case.geometry;
+    let kv_head = h / (case.num_heads / geometry.heads);
+    let p = sequence.len as i64 - sequence.queries as i64 + i as i64;
+    let q: Vec<f64> = (0..geometry.k_dim).map(|d| case.query.at(sequence.first + i, h, d).into()).collect();
+    let scale = f64::from(case.params.softmax_scale);
+    let mut keys = Vec::new();
+    let mut met_fault = false;
+    let mut error = 0f64;
+    for j in (0..sequence.len).filter(|&j| visible(case, p, j as i64)) {
+        let Some(slot) = slot_of(case, s, j) else {
+            met_fault = true;
+            continue;
+        };
+        let products = q.iter().enumerate().map(|(d, q)| q * element(case, Half::K, slot, kv_head, d));
+        let (dot, magnitude) = products.fold((0.0, 0.0), |(sum, abs), x| (sum + x, abs + x.abs()));
+        let mut score = scale * dot;
+        let mut bound = (geometry.k_dim as f64 + 8.0) * U * scale.abs() * magnitude;
+        if let Some(cap) = case.params.soft_cap.map(f64::from) {
+            score = cap * (score / cap).tanh();
+            bound += 16.0 * U * cap;
+        }
+        let bias = case.alibi.as_ref().map_or(0.0, |slopes| f64::from(slopes[h]) * (j as i64 - p) as f64);
+        bound += 8.0 * U * (score.abs() + bias.abs());
+        score += bias;
+        error = error.max(bound);
+        keys.push((score, slot));
+    }
+    let sink = case.sinks.as_ref().map(|sinks| f64::from(sinks[h]));
+    error += 16.0 * U + sink.filter(|sink| sink.is_finite()).map_or(0.0, |sink| 8.0 * U * sink.abs());
+    (softmax(case, kv_head, &keys, sink, error), met_fault)
+}
+
+fn softmax(
+    case: &AttentionCase,
+    kv_head: usize,
+    keys: &[(f64, (usize, usize))],
+    sink: Option<f64>,
+    error: f64,
+) -> Expected {
+    let v_dim = case.geometry.v_dim;
+    let max = keys.iter().map(|key| key.0).chain(sink).fold(f64::NEG_INFINITY, f64::max);
+    if max == f64::NEG_INFINITY {
+        let zeros = vec![0.0; v_dim];
+        return Expected { out: zeros.clone(), out_tolerance: zeros, lse: max, lse_tolerance: 0.0 };
+    }
+    let n = keys.len() as f64;
+    let denominator: f64 = keys.iter().map(|key| key.0).chain(sink).map(|score| (score - max).exp()).sum();
+    let (mut out, mut magnitude) = (vec![0.0; v_dim], vec![0.0; v_dim]);
+    for (score, slot) in keys {
+        let weight = (score - max).exp() / denominator;
+        for d in 0..v_dim {
+            let v = element(case, Half::V, *slot, kv_head, d);
+            out[d] += weight * v;
+            magnitude[d] += weight * v.abs();
+        }
+    }
+    let relative = 2.0 * error + 2.0 * (n + 16.0) * U;
+    let tolerance = |(out, magnitude): (&f64, &f64)| {
+        magnitude * relative + unit_roundoff(case.dtype) * (out.abs() + magnitude * relative) + smallest(case.dtype)
+    };
+    let out_tolerance =
+        if keys.is_empty() { vec![0.0; v_dim] } else { out.iter().zip(&magnitude).map(tolerance).collect() };
+    let lse = max + denominator.ln();
+    Expected { out, out_tolerance, lse, lse_tolerance: error + (n + 16.0) * U + 8.0 * U * lse.abs() }
+}
+
+/// Checks an output and LSE against the oracle: rows, gaps, rows no sequence claims, and faults.
+pub fn check_attention(case: &AttentionCase, out: &[f32], lse: Option<&[f32]>, faults: Faults) -> Result<(), String> {
+    let (sequences, mut owed, allowed) = sequences(case);
+    // What no row owns must stay; what a row owns is checked by tolerance and then taken over.
+    let mut expected = case.output.clone();
+    let mut expected_lse = case.lse.clone();
+    for (s, sequence) in sequences.iter().enumerate() {
+        let Some(sequence) = *sequence else { continue };
+        for (i, h) in (0..sequence.queries).flat_map(|i| (0..case.num_heads).map(move |h| (i, h))) {
+            let row = sequence.first + i;
+            let (want, met_fault) = attend(case, s, sequence, i, h);
+            if met_fault {
+                owed = owed.union(Faults::BLOCK_OUT_OF_RANGE);
+            }
+            for d in 0..case.geometry.v_dim {
+                let at = row * case.output.strides.token + h * case.output.strides.head + d;
+                check_close(out[at], want.out[d], want.out_tolerance[d])
+                    .map_err(|text| format!("sequence {s} query {i} head {h} channel {d}: {text}"))?;
+                expected.data[at] = out[at];
+            }
+            if let (Some(all), Some(got)) = (&mut expected_lse, lse) {
+                let at = row * case.num_heads + h;
+                check_close(got[at], want.lse, want.lse_tolerance)
+                    .map_err(|text| format!("sequence {s} query {i} head {h}: LSE {text}"))?;
+                all[at] = got[at];
+            }
+        }
+    }
+    check_untouched("output", &expected.data, out)?;
+    if let (Some(expected), Some(got)) = (&expected_lse, lse) {
+        check_untouched("LSE", expected, got)?;
+    }
+    check_faults(case, &sequences, (owed, allowed), faults)
+}
+
+/// Equal (infinities too) or within the tolerance; a NaN is neither.
+pub fn check_close(got: f32, want: f64, tolerance: f64) -> Result<(), String> {
+    let got = f64::from(got);
+    if got == want || (got - want).abs() <= tolerance {
+        return Ok(());
+    }
+    Err(format!("{got} is not {want} within {tolerance:e}"))
+}
+
+fn check_untouched(what: &str, expected: &[f32], got: &[f32]) -> Result<(), String> {
+    match expected.iter().zip(got).position(|(a, b)| a.to_bits() != b.to_bits()) {
+        Some(at) => Err(format!("{what}[{at}] belongs to no row, it was {} and became {}", expected[at], got[at])),
+        None => Ok(()),
+    }
+}
+
+/// Every fault owed is set. A bad block id that no query can see (behind a window) may set the
+/// block fault or not; nothing else may be set.
+fn check_faults(
+    case: &AttentionCase,
+    sequences: &[Option<Sequence>],
+    (owed, allowed): (Faults, Faults),
+    got: Faults,
+) -> Result<(), String> {
+    let hidden_bad_block = sequences
+        .iter()
+        .enumerate()
+        .any(|(s, sequence)| sequence.is_some_and(|sequence| (0..sequence.len).any(|j| slot_of(case, s, j).is_none())));
+    let mut allowed = allowed.union(owed);
+    if hidden_bad_block {
+        allowed = allowed.union(Faults::BLOCK_OUT_OF_RANGE);
+    }
+    if !got.contains(owed) || !allowed.contains(got) {
+        return Err(format!("faults are {got}; owed: {owed}; allowed: {allowed}"));
+    }
+    Ok(())
+}
+
+#[derive(Clone, Debug)]
+pub struct MergeCase {
+    pub tokens: usize,
+    pub heads: usize,
+    pub dim: usize,
+    pub dtype: DType,
+    pub strides: RowStrides,
+    pub a: Vec<f32>,
+    pub a_lse: Vec<f32>,
+    pub b: Vec<f32>,
+    pub b_lse: Vec<f32>,
+    /// What the output holds before.
+    pub output: Vec<f32>,
+    pub with_lse: bool,
+}
+
+/// What one (token, head) of a merge must be. An LSE of ±inf means "no keys".
+///
+/// Tolerance: two exponentials to 16 u of an argument known to u |lse|, two products, a sum and a
+/// division: `(32 + 4 |lse|) u` of the summed magnitudes.
+pub fn merge(case: &MergeCase, token: usize, head: usize) -> Expected {
+    let at = token * case.heads + head;
+    let (a_lse, b_lse) = (no_keys(case.a_lse[at]), no_keys(case.b_lse[at]));
+    let max = a_lse.max(b_lse);
+    if max == f64::NEG_INFINITY {
+        let zeros = vec![0.0; case.dim];
+        return Expected { out: zeros.clone(), out_tolerance: zeros, lse: max, lse_tolerance: 0.0 };
+    }
+    let (wa, wb) = ((a_lse - max).exp(), (b_lse - max).exp());
+    let argument = if wa * wb == 0.0 { 0.0 } else { a_lse.abs().max(b_lse.abs()) };
+    let relative = (32.0 + 4.0 * argument) * U;
+    let row = token * case.strides.token + head * case.strides.head;
+    let (mut out, mut out_tolerance) = (Vec::new(), Vec::new());
+    for d in 0..case.dim {
+        // A side without keys counts for nothing, whatever its row holds.
+        let weighted = |weight: f64, x: f32| if weight == 0.0 { 0.0 } else { weight / (wa + wb) * f64::from(x) };
+        let (a, b) = (weighted(wa, case.a[row + d]), weighted(wb, case.b[row + d]));
+        let magnitude = a.abs() + b.abs();
+        out.push(a + b);
+        out_tolerance.push(
+            magnitude * relative * (1.0 + unit_roundoff(case.dtype))
+                + unit_roundoff(case.dtype) * (a + b).abs()
+                + smallest(case.dtype),
+        );
+    }
+    let lse = max + (wa + wb).ln();
+    Expected { out, out_tolerance, lse, lse_tolerance: (32.0 + 4.0 * (argument + lse.abs())) * U }
+}
+
+fn no_keys(lse: f32) -> f64 {
+    if lse.is_infinite() { f64::NEG_INFINITY } else { lse.into() }
+}

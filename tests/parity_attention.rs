@@ -1,0 +1,465 @@
+//! `paged_attention` and `merge_states` against f64, within tolerances derived from f32 (see
+//! `testing/oracle/attention.rs`), on every instruction set.
+//!
+//! Whatever no query may see is NaN: slots past the sequence length, slots behind every window,
+//! blocks no table names, gaps, padding of the query rows, the workspace.
+
+#[path = "../testing/oracle/mod.rs"]
+mod oracle;
+
+use std::collections::HashSet;
+
+use oracle::attention::{self, AttentionCase, MergeCase, check_attention, check_close};
+use oracle::formats::round_to;
+use oracle::geometry::{Geometry, Layer, Scales};
+use oracle::rows::Rows;
+use oracle::run::{self, cpu_backends};
+use oracle::strategy::{self, Padding, Rng, ScaleKind};
+use proptest::prelude::*;
+use quantkv::args::{AttentionParams, RowStrides};
+use quantkv::layout::Half;
+use quantkv::{Backend, CacheLayout, CpuBackend, DType, Isa, KvFormat};
+
+fn check<B: Backend>(backend: &B, case: &AttentionCase) -> Result<(), String> {
+    let (out, lse, faults) = run::attention(backend, case).map_err(|error| error.to_string())?;
+    check_attention(case, &out, lse.as_deref(), faults)
+}
+
+fn check_all(case: &AttentionCase, what: impl std::fmt::Debug) {
+    for backend in cpu_backends() {
+        check(&backend, case).unwrap_or_else(|text| panic!("{what:?} on {}: {text}", backend.isa()));
+    }
+}
+
+/// What of a case is random; the numbers follow from the seed.
+#[derive(Clone, Debug)]
+struct Parameters {
+    geometry: Geometry,
+    dtype: DType,
+    group: usize,
+    /// (cached tokens before the new ones, new tokens) of each sequence.
+    sequences: Vec<(usize, usize)>,
+    /// Unclaimed rows after each sequence's, as a padded batch has them.
+    spare_rows: usize,
+    table_spare: usize,
+    percent_bad_blocks: u64,
+    window: Option<usize>,
+    soft_cap: Option<f32>,
+    alibi: bool,
+    sinks: bool,
+    lse: bool,
+    scales: (ScaleKind, ScaleKind),
+    padding: (Padding, Padding),
+    seed: u64,
+}
+
+/// Lengths around a block and around nothing, as offsets from whole blocks of 16.
+fn sequence() -> impl Strategy<Value = (usize, usize)> {
+    let before = prop_oneof![
+        2 => Just(0usize),
+        4 => prop::sample::select(vec![6usize, 7, 8, 14, 15, 16, 30, 31, 32, 63]),
+        3 => 0usize..100,
+        1 => 200usize..300,
+    ];
+    let new = prop_oneof![1 => Just(0usize), 5 => Just(1usize), 2 => 2usize..=16, 1 => 17usize..50];
+    (before, new)
+}
+
+fn parameters() -> impl Strategy<Value = Parameters> {
+    let batch =
+        (prop::collection::vec(sequence(), 0..4), 0usize..2, 0usize..3, prop_oneof![4 => Just(0u64), 1 => Just(15)]);
+    let group = prop_oneof![3 => Just(1usize), 3 => 2usize..=5, 1 => Just(8usize), 1 => Just(17)];
+    let features = (
+        prop::option::weighted(0.4, prop_oneof![Just(1usize), 2usize..40, Just(usize::MAX)]),
+        prop::option::weighted(0.3, prop_oneof![Just(0.5f32), Just(30.0), Just(50.0)]),
+        any::<bool>(),
+        any::<bool>(),
+        any::<bool>(),
+    );
+    let scales = (strategy::scale_kind(), strategy::scale_kind());
+    let padding = (strategy::padding(), strategy::padding());
+    (strategy::geometry(), strategy::dtype(), group, batch, features, scales, padding, any::<u64>()).prop_map(
+        |(geometry, dtype, group, batch, features, scales, padding, seed)| {
+            let (sequences, spare_rows, table_spare, percent_bad_blocks) = batch;
+            let (window, soft_cap, alibi, sinks, lse) = features;
+            Parameters {
+                geometry: Geometry { num_blocks: geometry.num_blocks + 2, ..geometry },
+                dtype,
+                group,
+                sequences,
+                spare_rows,
+                table_spare,
+                percent_bad_blocks,
+                window,
+                soft_cap,
+                alibi,
+                sinks,
+                lse,
+                scales,
+                padding,
+                seed,
+            }
+        },
+    )
+}
+
+fn build(parameters: &Parameters) -> AttentionCase {
+    let Parameters { geometry, dtype, spare_rows, scales, .. } = *parameters;
+    let mut rng = Rng::new(parameters.seed);
+    let num_heads = geometry.heads * parameters.group;
+    let (mut query_starts, mut seq_lens) = (vec![0i32], Vec::new());
+    for &(before, new) in &parameters.sequences {
+        query_starts.push(query_starts.last().unwrap() + new as i32);
+        seq_lens.push((before + new) as i32);
+    }
+    let num_tokens = *query_starts.last().unwrap() as usize + spare_rows;
+    let longest = seq_lens.iter().copied().max().unwrap_or(0) as usize;
+    let table_stride = longest.div_ceil(geometry.block_size) + parameters.table_spare;
+    // Entries past the sequence are garbage; the last block of the pool belongs to nobody.
+    let mut tables: Vec<i32> =
+        (0..seq_lens.len() * table_stride).map(|_| [-1, i32::MAX, i32::MIN, 7][rng.below(4)]).collect();
+    for (s, &len) in seq_lens.iter().enumerate() {
+        for logical in 0..(len as usize).div_ceil(geometry.block_size) {
+            tables[s * table_stride + logical] = match rng.chance(parameters.percent_bad_blocks) {
+                true => [-1, geometry.num_blocks as i32, i32::MIN, i32::MAX][rng.below(4)],
+                false => rng.below(geometry.num_blocks - 1) as i32,
+            };
+        }
+    }
+    let rows = |heads, dim, padding, next: &mut dyn FnMut() -> f32| {
+        strategy::rows((num_tokens, heads, dim), padding, dtype, next)
+    };
+    let mut query = rows(num_heads, geometry.k_dim, parameters.padding.0, &mut || f32::NAN);
+    for token in 0..num_tokens {
+        for (head, d) in (0..num_heads).flat_map(|head| (0..geometry.k_dim).map(move |d| (head, d))) {
+            query.set(token, head, d, round_to(dtype, rng.normal().into()));
+        }
+    }
+    let output = rows(num_heads, geometry.v_dim, parameters.padding.1, &mut || 1234.0);
+    let mut scale = |kind, half| strategy::scales(kind, geometry.heads, geometry.dim(half), || rng.mild_scale());
+    let (k_scale, v_scale) = (scale(scales.0, Half::K), scale(scales.1, Half::V));
+    let mut per_head =
+        |wanted: bool, factor: f32| wanted.then(|| (0..num_heads).map(|_| rng.normal() * factor).collect::<Vec<f32>>());
+    let (alibi, sinks) = (per_head(parameters.alibi, 0.3), per_head(parameters.sinks, 2.0));
+    let mut params = AttentionParams::new(0.4 / (geometry.k_dim as f32).sqrt());
+    (params.soft_cap, params.sliding_window) = (parameters.soft_cap, parameters.window);
+    let mut case = AttentionCase {
+        geometry,
+        layer: Layer::poisoned(&geometry),
+        k_scale,
+        v_scale,
+        params,
+        num_heads,
+        num_tokens,
+        dtype,
+        query,
+        query_starts,
+        seq_lens,
+        tables,
+        table_stride,
+        alibi,
+        sinks,
+        lse: parameters.lse.then(|| vec![1234.0; num_tokens * num_heads]),
+        output,
+    };
+    fill_visible(&mut case, &mut rng);
+    case
+}
+
+/// Replaces the poison by numbers in every slot that some query sees.
+fn fill_visible(case: &mut AttentionCase, rng: &mut Rng) {
+    let mut seen = HashSet::new();
+    for (s, sequence) in attention::sequences(case).0.into_iter().enumerate() {
+        let Some(sequence) = sequence else { continue };
+        let first = sequence.len as i64 - sequence.queries as i64;
+        for j in 0..sequence.len {
+            if (first..sequence.len as i64).any(|p| attention::visible(case, p, j as i64)) {
+                seen.extend(attention::slot_of(case, s, j));
+            }
+        }
+    }
+    let mut seen: Vec<_> = seen.into_iter().collect();
+    seen.sort_unstable();
+    let geometry = case.geometry;
+    for slot in seen {
+        strategy::fill_slot(&geometry, &mut case.layer, slot, rng);
+    }
+}
+
+proptest! {
+    #![proptest_config(strategy::config(160))]
+
+    #[test]
+    fn any_batch_matches_f64(parameters in parameters()) {
+        let case = build(&parameters);
+        for backend in cpu_backends() {
+            prop_assert_eq!(check(&backend, &case), Ok(()), "on {}", backend.isa());
+        }
+    }
+}
+
+fn simple(geometry: Geometry, group: usize, sequences: Vec<(usize, usize)>) -> Parameters {
+    Parameters {
+        geometry,
+        dtype: DType::F32,
+        group,
+        sequences,
+        spare_rows: 0,
+        table_spare: 0,
+        percent_bad_blocks: 0,
+        window: None,
+        soft_cap: None,
+        alibi: false,
+        sinks: false,
+        lse: true,
+        scales: (ScaleKind::Tensor, ScaleKind::Tensor),
+        padding: ((0, 0, 0), (0, 0, 0)),
+        seed: 9,
+    }
+}
+
+/// Decode at every length from 0 to two blocks and one, every layout and FP8 format, every window
+/// around a block: the off-by-one table.
+#[test]
+fn every_length_around_a_block() {
+    for layout in CacheLayout::ALL {
+        for format in [KvFormat::Fp8E4M3, KvFormat::Fp8E5M2, KvFormat::Fp8E4M3Fnuz, KvFormat::F32] {
+            let geometry = Geometry::plain(layout, (2, 16), (8, 6), format);
+            for window in [None, Some(1), Some(7), Some(8), Some(9)] {
+                // (0, 0): a sequence of length 0 without a query; lengths 1 to 17 with one.
+                let mut sequences = vec![(0, 0)];
+                sequences.extend((0..17).map(|before| (before, 1)));
+                let parameters = Parameters { window, ..simple(geometry, 2, sequences) };
+                check_all(&build(&parameters), (layout, format, window));
+            }
+        }
+    }
+}
+
+/// A query of a sequence of length 0 (a padded batch) gives zeros and -inf, or the sink.
+#[test]
+fn an_empty_sequence_gives_zeros() {
+    for sinks in [None, Some(vec![0.5, -3.0])] {
+        for format in [KvFormat::F16, KvFormat::Fp8E4M3] {
+            let geometry = Geometry::plain(CacheLayout::Hnd, (1, 8), (8, 3), format);
+            let mut case = build(&simple(geometry, 2, vec![(0, 1), (3, 1), (0, 2)]));
+            (case.seq_lens[0], case.seq_lens[2]) = (0, 0);
+            case.layer = Layer::poisoned(&geometry);
+            fill_visible(&mut case, &mut Rng::new(1));
+            case.sinks = sinks.clone();
+            check_all(&case, &sinks);
+            for backend in cpu_backends() {
+                let (out, lse, _) = run::attention(&backend, &case).unwrap();
+                assert!(out[..16].iter().chain(&out[32..]).all(|&x| x == 0.0), "{out:?}");
+                let lse = lse.unwrap();
+                let want = sinks.clone().unwrap_or(vec![f32::NEG_INFINITY; 2]);
+                check_close(lse[0], want[0].into(), 1e-6).unwrap();
+                check_close(lse[1], want[1].into(), 1e-6).unwrap();
+            }
+        }
+    }
+}
+
+/// More queries than cached tokens: the queries before the sequence see nothing.
+#[test]
+fn queries_before_the_sequence_see_nothing() {
+    let geometry = Geometry::plain(CacheLayout::Nhd, (2, 24), (8, 3), KvFormat::Fp8E5M2);
+    let mut case = build(&simple(geometry, 3, vec![(0, 7), (0, 5)]));
+    case.seq_lens = vec![3, 0];
+    case.layer = Layer::poisoned(&geometry);
+    fill_visible(&mut case, &mut Rng::new(2));
+    check_all(&case, "7 queries over 3 tokens");
+}
+
+/// vLLM's heads, head dims and lengths around its partition of 512, with and without ALiBi,
+/// scales 0.5 and 0.25, padding poisoned.
+#[test]
+fn vllm_decode_shapes() {
+    for (heads, group, dim) in [(8, 8, 64), (40, 1, 32), (8, 4, 128), (2, 4, 80), (1, 8, 256)] {
+        for (format, block_size) in [(KvFormat::Fp8E4M3, 16), (KvFormat::BF16, 32)] {
+            let geometry = Geometry::plain(CacheLayout::VllmPacked, (heads, dim), (block_size, 40), format);
+            let lengths = if dim == 64 { vec![0, 510, 511, 512, 100] } else { vec![0, 512, 3] };
+            let parameters = Parameters {
+                dtype: DType::BF16,
+                alibi: dim == 64,
+                ..simple(geometry, group, lengths.into_iter().map(|before| (before, 1)).collect())
+            };
+            let mut case = build(&parameters);
+            (case.k_scale, case.v_scale) = (Scales::tensor(0.5), Scales::tensor(0.25));
+            check_all(&case, (heads, group, dim, format));
+        }
+    }
+}
+
+/// Prefill in one piece, soft cap 50 and windows, as vLLM's unified-attention tests: (4, 4), (8, 2)
+/// and (5, 1) heads.
+#[test]
+fn vllm_prefill_shapes() {
+    for (heads, group) in [(4, 1), (2, 4), (1, 5)] {
+        for window in [None, Some(64)] {
+            for soft_cap in [None, Some(50.0)] {
+                let geometry = Geometry::plain(CacheLayout::Nhd, (heads, 128), (16, 12), KvFormat::Fp8E4M3);
+                let sequences = vec![(0, 129), (100, 1), (17, 16), (40, 33)];
+                let parameters =
+                    Parameters { window, soft_cap, dtype: DType::F16, ..simple(geometry, group, sequences) };
+                check_all(&build(&parameters), (heads, group, window, soft_cap));
+            }
+        }
+    }
+}
+
+/// Large scores: the maximum is subtracted, nothing overflows, and a sink of -inf is no sink.
+#[test]
+fn large_scores_do_not_overflow() {
+    let geometry = Geometry::plain(CacheLayout::Hnd, (1, 64), (16, 6), KvFormat::Fp8E4M3);
+    for factor in [30.0, -30.0] {
+        let mut case = build(&simple(geometry, 2, vec![(60, 1), (0, 1)]));
+        case.params.softmax_scale *= factor;
+        case.k_scale = Scales::tensor(16.0);
+        check_all(&case, factor);
+        case.sinks = Some(vec![f32::NEG_INFINITY, 80.0]);
+        check_all(&case, (factor, "sinks"));
+    }
+}
+
+/// One thread, two or five: the same bits; and the same again.
+#[test]
+fn results_do_not_depend_on_threads() {
+    let geometry = Geometry::plain(CacheLayout::Hnd, (2, 64), (16, 80), KvFormat::Fp8E4M3);
+    let parameters =
+        Parameters { dtype: DType::F32, ..simple(geometry, 4, vec![(1200, 1), (3, 1), (700, 4), (0, 40), (90, 1)]) };
+    let case = build(&parameters);
+    for isa in Isa::ALL {
+        let Some(backend) = CpuBackend::with_isa(isa) else { continue };
+        check(&backend, &case).unwrap();
+        let bits = |threads| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let (out, lse, _) = pool.install(|| run::attention(&backend, &case)).unwrap();
+            out.iter().chain(&lse.unwrap()).map(|x| x.to_bits()).collect::<Vec<_>>()
+        };
+        let one = bits(1);
+        for threads in [1, 2, 5] {
+            assert!(bits(threads) == one, "{isa} differs with {threads} threads");
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+struct MergeParameters {
+    shape: (usize, usize, usize),
+    dtype: DType,
+    padding: Padding,
+    with_lse: bool,
+    percent_empty: u64,
+    seed: u64,
+}
+
+fn build_merge(parameters: &MergeParameters) -> MergeCase {
+    let MergeParameters { shape, dtype, padding, with_lse, percent_empty, seed } = *parameters;
+    let mut rng = Rng::new(seed);
+    let (tokens, heads, dim) = shape;
+    let mut lse = || {
+        (0..tokens * heads)
+            .map(|_| match rng.chance(percent_empty) {
+                true => [f32::NEG_INFINITY, f32::INFINITY][rng.below(2)],
+                false => rng.normal() * if rng.chance(20) { 200.0 } else { 4.0 },
+            })
+            .collect::<Vec<f32>>()
+    };
+    let (a_lse, b_lse) = (lse(), lse());
+    let mut rows = |lse: &[f32]| {
+        let mut rows = strategy::rows(shape, padding, dtype, || f32::NAN);
+        for (token, head) in (0..tokens).flat_map(|token| (0..heads).map(move |head| (token, head))) {
+            // The row of a side without keys stays NaN: it must not be read into the result.
+            if lse[token * heads + head].is_finite() {
+                (0..dim).for_each(|d| rows.set(token, head, d, round_to(dtype, rng.normal().into())));
+            }
+        }
+        rows
+    };
+    let (a, b): (Rows, Rows) = (rows(&a_lse), rows(&b_lse));
+    let output = strategy::rows(shape, padding, dtype, || 1234.0);
+    let strides: RowStrides = output.strides;
+    MergeCase { tokens, heads, dim, dtype, strides, a: a.data, a_lse, b: b.data, b_lse, output: output.data, with_lse }
+}
+
+fn check_merge<B: Backend>(backend: &B, case: &MergeCase) -> Result<(), String> {
+    let (out, lse) = run::merge(backend, case).map_err(|error| error.to_string())?;
+    let mut expected = case.output.clone();
+    for (token, head) in (0..case.tokens).flat_map(|token| (0..case.heads).map(move |head| (token, head))) {
+        let want = attention::merge(case, token, head);
+        let row = token * case.strides.token + head * case.strides.head;
+        for d in 0..case.dim {
+            check_close(out[row + d], want.out[d], want.out_tolerance[d])
+                .map_err(|text| format!("token {token} head {head} channel {d}: {text}"))?;
+            expected[row + d] = out[row + d];
+        }
+        if let Some(lse) = &lse {
+            check_close(lse[token * case.heads + head], want.lse, want.lse_tolerance)
+                .map_err(|text| format!("token {token} head {head}: LSE {text}"))?;
+        }
+    }
+    if expected != out {
+        return Err("something outside the rows was written".to_owned());
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(strategy::config(96))]
+
+    #[test]
+    fn merged_states_match_f64(
+        shape in (0usize..12, 1usize..6, strategy::head_dim()), dtype in strategy::dtype(),
+        padding in strategy::padding(), with_lse in any::<bool>(),
+        percent_empty in prop_oneof![Just(0u64), Just(10), Just(50), Just(100)], seed in any::<u64>(),
+    ) {
+        let case = build_merge(&MergeParameters { shape, dtype, padding, with_lse, percent_empty, seed });
+        for backend in cpu_backends() {
+            prop_assert_eq!(check_merge(&backend, &case), Ok(()), "on {}", backend.isa());
+        }
+    }
+}
+
+/// Attention over a sequence is the merge of attention over its two parts: ties `paged_attention`'s
+/// LSE to `merge_states`.
+#[test]
+fn halves_merge_to_the_whole() {
+    let geometry = Geometry::plain(CacheLayout::Hnd, (2, 32), (8, 9), KvFormat::Fp8E4M3);
+    let mut case = build(&simple(geometry, 2, vec![(63, 1)]));
+    // Distinct blocks, so that each half is its own sequence; the one query sees all of both.
+    case.tables = (0..8).collect();
+    fill_visible(&mut case, &mut Rng::new(4));
+    let part = |tables: &[i32]| AttentionCase {
+        tables: tables.to_vec(),
+        table_stride: tables.len(),
+        seq_lens: vec![tables.len() as i32 * 8],
+        ..case.clone()
+    };
+    for backend in cpu_backends() {
+        let run = |case: &AttentionCase| {
+            check(&backend, case).unwrap();
+            let (out, lse, _) = run::attention(&backend, case).unwrap();
+            (out, lse.unwrap())
+        };
+        let (whole, (a, b)) = (run(&case), (run(&part(&[0, 1, 2])), run(&part(&[3, 4, 5, 6, 7]))));
+        let merge = MergeCase {
+            tokens: 1,
+            heads: 4,
+            dim: 32,
+            dtype: DType::F32,
+            strides: RowStrides::contiguous(4, 32),
+            a: a.0,
+            a_lse: a.1,
+            b: b.0,
+            b_lse: b.1,
+            output: vec![0.0; 128],
+            with_lse: true,
+        };
+        let (out, lse) = run::merge(&backend, &merge).unwrap();
+        for (got, want) in out.iter().chain(&lse.unwrap()).zip(whole.0.iter().chain(&whole.1)) {
+            // Values of order one through two softmaxes and a merge: some dozens of f32 roundings.
+            check_close(*got, f64::from(*want), 256.0 * f64::from(f32::EPSILON)).unwrap();
+        }
+    }
+}
