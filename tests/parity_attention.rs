@@ -9,7 +9,7 @@ mod oracle;
 
 use std::collections::HashSet;
 
-use oracle::attention::{self, AttentionCase, MergeCase, check_attention, check_close};
+use oracle::attention::{self, AttentionCase, AttentionExpectation, MergeCase, check_attention, check_close, expect};
 use oracle::formats::round_to;
 use oracle::geometry::{Geometry, Layer, Scales};
 use oracle::rows::Rows;
@@ -20,14 +20,15 @@ use quantkv::args::{AttentionParams, RowStrides};
 use quantkv::layout::Half;
 use quantkv::{Backend, CacheLayout, CpuBackend, DType, Isa, KvFormat};
 
-fn check<B: Backend>(backend: &B, case: &AttentionCase) -> Result<(), String> {
+fn check<B: Backend>(backend: &B, case: &AttentionCase, expectation: &AttentionExpectation) -> Result<(), String> {
     let (out, lse, faults) = run::attention(backend, case).map_err(|error| error.to_string())?;
-    check_attention(case, &out, lse.as_deref(), faults)
+    check_attention(case, expectation, &out, lse.as_deref(), faults)
 }
 
 fn check_all(case: &AttentionCase, what: impl std::fmt::Debug) {
+    let expectation = expect(case);
     for backend in cpu_backends() {
-        check(&backend, case).unwrap_or_else(|text| panic!("{what:?} on {}: {text}", backend.isa()));
+        check(&backend, case, &expectation).unwrap_or_else(|text| panic!("{what:?} on {}: {text}", backend.isa()));
     }
 }
 
@@ -192,8 +193,9 @@ proptest! {
     #[test]
     fn any_batch_matches_f64(parameters in parameters()) {
         let case = build(&parameters);
+        let expectation = expect(&case);
         for backend in cpu_backends() {
-            prop_assert_eq!(check(&backend, &case), Ok(()), "on {}", backend.isa());
+            prop_assert_eq!(check(&backend, &case, &expectation), Ok(()), "on {}", backend.isa());
         }
     }
 }
@@ -331,7 +333,7 @@ fn results_do_not_depend_on_threads() {
     let case = build(&parameters);
     for isa in Isa::ALL {
         let Some(backend) = CpuBackend::with_isa(isa) else { continue };
-        check(&backend, &case).unwrap();
+        check(&backend, &case, &expect(&case)).unwrap();
         let bits = |threads| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let (out, lse, _) = pool.install(|| run::attention(&backend, &case)).unwrap();
@@ -438,7 +440,7 @@ fn halves_merge_to_the_whole() {
     };
     for backend in cpu_backends() {
         let run = |case: &AttentionCase| {
-            check(&backend, case).unwrap();
+            check(&backend, case, &expect(case)).unwrap();
             let (out, lse, _) = run::attention(&backend, case).unwrap();
             (out, lse.unwrap())
         };

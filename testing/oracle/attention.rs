@@ -187,39 +187,70 @@ fn softmax(
     Expected { out, out_tolerance, lse, lse_tolerance: error + (n + 16.0) * U + 8.0 * U * lse.abs() }
 }
 
-/// Checks an output and LSE against the oracle: rows, gaps, rows no sequence claims, and faults.
-pub fn check_attention(case: &AttentionCase, out: &[f32], lse: Option<&[f32]>, faults: Faults) -> Result<(), String> {
-    let (sequences, mut owed, allowed) = sequences(case);
-    // What no row owns must stay; what a row owns is checked by tolerance and then taken over.
-    let mut expected = case.output.clone();
-    let mut expected_lse = case.lse.clone();
+/// What a case must give: compute it once, check every backend.
+#[derive(Clone, Debug)]
+pub struct AttentionExpectation {
+    /// (token, head) and its numbers.
+    rows: Vec<(usize, usize, Expected)>,
+    owed: Faults,
+    allowed: Faults,
+}
+
+/// The expectation of a case.
+pub fn expect(case: &AttentionCase) -> AttentionExpectation {
+    let (sequences, mut owed, mut allowed) = sequences(case);
+    let mut rows = Vec::new();
     for (s, sequence) in sequences.iter().enumerate() {
         let Some(sequence) = *sequence else { continue };
+        if (0..sequence.len).any(|j| slot_of(case, s, j).is_none()) {
+            // A bad block that no query sees (behind a window) may set the fault or not.
+            allowed = allowed.union(Faults::BLOCK_OUT_OF_RANGE);
+        }
         for (i, h) in (0..sequence.queries).flat_map(|i| (0..case.num_heads).map(move |h| (i, h))) {
-            let row = sequence.first + i;
             let (want, met_fault) = attend(case, s, sequence, i, h);
             if met_fault {
                 owed = owed.union(Faults::BLOCK_OUT_OF_RANGE);
             }
-            for d in 0..case.geometry.v_dim {
-                let at = row * case.output.strides.token + h * case.output.strides.head + d;
-                check_close(out[at], want.out[d], want.out_tolerance[d])
-                    .map_err(|text| format!("sequence {s} query {i} head {h} channel {d}: {text}"))?;
-                expected.data[at] = out[at];
-            }
-            if let (Some(all), Some(got)) = (&mut expected_lse, lse) {
-                let at = row * case.num_heads + h;
-                check_close(got[at], want.lse, want.lse_tolerance)
-                    .map_err(|text| format!("sequence {s} query {i} head {h}: LSE {text}"))?;
-                all[at] = got[at];
-            }
+            rows.push((sequence.first + i, h, want));
+        }
+    }
+    AttentionExpectation { rows, owed, allowed: allowed.union(owed) }
+}
+
+/// Checks an output and LSE against the expectation: rows, gaps, rows no sequence claims, faults.
+pub fn check_attention(
+    case: &AttentionCase,
+    expectation: &AttentionExpectation,
+    out: &[f32],
+    lse: Option<&[f32]>,
+    faults: Faults,
+) -> Result<(), String> {
+    // What no row owns must stay; what a row owns is checked by tolerance and then taken over.
+    let mut expected = case.output.clone();
+    let mut expected_lse = case.lse.clone();
+    for (row, h, want) in &expectation.rows {
+        for d in 0..case.geometry.v_dim {
+            let at = row * case.output.strides.token + h * case.output.strides.head + d;
+            check_close(out[at], want.out[d], want.out_tolerance[d])
+                .map_err(|text| format!("token {row} head {h} channel {d}: {text}"))?;
+            expected.data[at] = out[at];
+        }
+        if let (Some(all), Some(got)) = (&mut expected_lse, lse) {
+            let at = row * case.num_heads + h;
+            check_close(got[at], want.lse, want.lse_tolerance)
+                .map_err(|text| format!("token {row} head {h}: LSE {text}"))?;
+            all[at] = got[at];
         }
     }
     check_untouched("output", &expected.data, out)?;
     if let (Some(expected), Some(got)) = (&expected_lse, lse) {
         check_untouched("LSE", expected, got)?;
     }
-    check_faults(case, &sequences, (owed, allowed), faults)
+    let (owed, allowed) = (expectation.owed, expectation.allowed);
+    if !faults.contains(owed) || !allowed.contains(faults) {
+        return Err(format!("faults are {faults}; owed: {owed}; allowed: {allowed}"));
+    }
+    Ok(())
 }
 
 /// Equal (infinities too) or within the tolerance; a NaN is neither.
@@ -236,28 +267,6 @@ fn check_untouched(what: &str, expected: &[f32], got: &[f32]) -> Result<(), Stri
         Some(at) => Err(format!("{what}[{at}] belongs to no row, it was {} and became {}", expected[at], got[at])),
         None => Ok(()),
     }
-}
-
-/// Every fault owed is set. A bad block id that no query can see (behind a window) may set the
-/// block fault or not; nothing else may be set.
-fn check_faults(
-    case: &AttentionCase,
-    sequences: &[Option<Sequence>],
-    (owed, allowed): (Faults, Faults),
-    got: Faults,
-) -> Result<(), String> {
-    let hidden_bad_block = sequences
-        .iter()
-        .enumerate()
-        .any(|(s, sequence)| sequence.is_some_and(|sequence| (0..sequence.len).any(|j| slot_of(case, s, j).is_none())));
-    let mut allowed = allowed.union(owed);
-    if hidden_bad_block {
-        allowed = allowed.union(Faults::BLOCK_OUT_OF_RANGE);
-    }
-    if !got.contains(owed) || !allowed.contains(got) {
-        return Err(format!("faults are {got}; owed: {owed}; allowed: {allowed}"));
-    }
-    Ok(())
 }
 
 #[derive(Clone, Debug)]
