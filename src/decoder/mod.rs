@@ -10,6 +10,8 @@
 //! batch, model      one step: token ids, slots, block tables in, logits out
 //! tokenizer, chat   text -> token ids and back
 //! sampling          logits -> next token
+//! kv_scales         which static scales the cache gets
+//! engine            continuous batching: chunked prefill, forks, preemption
 //! ```
 //!
 //! A step writes the keys and values of all its tokens to the cache first and then attends over
@@ -25,16 +27,20 @@ pub mod compute;
 pub mod config;
 mod cpu_linear;
 mod cpu_ops;
+pub mod engine;
 pub(crate) mod json;
+pub mod kv_scales;
 pub mod model;
 pub mod rope;
 pub mod sampling;
 mod strftime;
+mod text;
 pub mod tokenizer;
 pub mod weights;
 
 pub use batch::{Batch, WantedLogits};
 pub use compute::Compute;
 pub use config::{Architecture, Config, GenerationConfig};
+pub use engine::{Engine, EngineConfig};
 pub use model::Model;
 pub use weights::{HostTensor, Weights};

@@ -1,0 +1,103 @@
+//! Which static scales the KV cache of a model gets, and what the user should know about it.
+//!
+//! ```text
+//! format      source        scales
+//! auto        any           1.0, unused; a hint if the checkpoint carries some
+//! e4m3        checkpoint    the checkpoint's, else 1.0 and a warning
+//! e4m3        file          one scale a layer, for K and V
+//! e5m2        the same      1.0: scales are made for e4m3; a warning if there were some
+//! any fp8     first batch   K/200, V/100 of the first forward pass; 1.0 until then
+//! ```
+//! Unlike vLLM, `auto` never turns into FP8 because a checkpoint has scales: it is the model's own
+//! dtype always.
+
+use std::path::Path;
+
+use super::config::Config;
+use super::weights::Weights;
+use crate::checkpoint;
+use crate::error::Result;
+use crate::format::KvFormat;
+use crate::scale::LayerScales;
+
+/// Where to take scales from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ScaleSource<'a> {
+    /// The model's own tensors, where it has some.
+    Checkpoint,
+    /// A `kv_cache_scales.json` as vLLM's `quantization_param_path` and SGLang read it.
+    File(&'a Path),
+    /// The first forward pass.
+    FirstBatch,
+}
+
+/// Scales for every layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct KvScales {
+    /// One entry a layer.
+    pub layers: Vec<LayerScales>,
+    /// Whether the first forward pass is to replace them.
+    pub from_first_batch: bool,
+    /// One line each, for the user.
+    pub warnings: Vec<String>,
+}
+
+/// Decides the scales of a cache in `format` for the model of `config` and `weights`.
+///
+/// # Errors
+/// What [`checkpoint::kv_scales`] and [`checkpoint::read_scales_file`] refuse, if they are asked.
+pub fn resolve(config: &Config, weights: &Weights, format: KvFormat, source: ScaleSource<'_>) -> Result<KvScales> {
+    let ones = vec![LayerScales::one(); config.num_layers];
+    let mut scales = KvScales { layers: ones, from_first_batch: false, warnings: Vec::new() };
+    let mut warn = |text: String| scales.warnings.push(text);
+    let carried = weights.names().filter(|name| is_kv_scale(name)).min();
+    match (source, format, carried) {
+        (ScaleSource::Checkpoint, format, Some(_)) if !format.is_quantized() => warn(format!(
+            "the checkpoint carries KV scales; an unquantized cache ({format}) does not use them, fp8 would"
+        )),
+        (ScaleSource::Checkpoint, format, None) if !format.is_quantized() => {}
+        (_, format, _) if !format.is_quantized() => {
+            warn(format!("the cache is not quantized ({format}) and uses no scales"));
+        }
+        (ScaleSource::FirstBatch, ..) => scales.from_first_batch = true,
+        (ScaleSource::Checkpoint, KvFormat::Fp8E5M2, None) => {}
+        (ScaleSource::Checkpoint, KvFormat::Fp8E5M2, Some(_)) => {
+            warn("the checkpoint's KV scales are made for fp8_e4m3; fp8_e5m2 ignores them and uses 1.0".into());
+        }
+        (ScaleSource::File(_), KvFormat::Fp8E5M2, _) => {
+            warn("a scales file is made for fp8_e4m3; fp8_e5m2 ignores it and uses 1.0".into());
+        }
+        (ScaleSource::File(path), ..) => scales.layers = checkpoint::read_scales_file(path, config)?,
+        (ScaleSource::Checkpoint, _, carried) => match (checkpoint::kv_scales(weights, config)?, carried) {
+            (Some(layers), _) => scales.layers = layers,
+            (None, Some(name)) => warn(format!(
+                "the checkpoint's KV scales ({name}) are not among those this version reads; {format} uses 1.0"
+            )),
+            (None, None) => warn(format!(
+                "the checkpoint carries no KV scales; {format} uses 1.0 and cuts what lies beyond ±{}",
+                format.max_finite()
+            )),
+        },
+    }
+    if format == KvFormat::Fp8E4M3Fnuz && !scales.from_first_batch {
+        for (layer, pair) in scales.layers.iter_mut().enumerate() {
+            pair.k = pair.k.doubled_for_fnuz(&format!("layer {layer} k_scale"))?;
+            pair.v = pair.v.doubled_for_fnuz(&format!("layer {layer} v_scale"))?;
+        }
+    }
+    Ok(scales)
+}
+
+/// The names calibration tools give to scales of keys and values.
+fn is_kv_scale(name: &str) -> bool {
+    const ENDS: [&str; 7] = [
+        ".k_scale",
+        ".v_scale",
+        ".kv_scale",
+        ".k_proj.k_scale",
+        ".v_proj.v_scale",
+        ".k_proj.output_scale",
+        ".v_proj.output_scale",
+    ];
+    name.contains(".self_attn.") && ENDS.iter().any(|end| name.ends_with(end))
+}
