@@ -169,6 +169,7 @@ def recall(model, tokenizer, count, facts, fillers):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", required=True)
+    parser.add_argument("--init", help="go on from this folder, with its tokenizer")
     parser.add_argument("--seconds", type=float, default=420, help="training time of both stages together")
     parser.add_argument("--recall", type=int, default=200, help="fresh tales per recall figure")
     parser.add_argument("--seed", type=int, default=0)
@@ -176,7 +177,10 @@ def main():
     torch.manual_seed(args.seed)
     torch.set_float32_matmul_precision("high")
 
-    tokenizer = train_tokenizer(make_texts(args.seed * 1000, 19_968, tales.SHORT), vocabulary=768)
+    if args.init:
+        tokenizer = Tokenizer.from_file(os.path.join(args.init, "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(make_texts(args.seed * 1000, 19_968, tales.SHORT), vocabulary=768)
     config = LlamaConfig(
         vocab_size=768,
         hidden_size=256,
@@ -192,7 +196,10 @@ def main():
         eos_token_id=EOS,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
     )
-    model = LlamaForCausalLM(config).to("cuda")
+    if args.init:
+        model = LlamaForCausalLM.from_pretrained(args.init, dtype=torch.float32).to("cuda")
+    else:
+        model = LlamaForCausalLM(config).to("cuda")
     report = {"args": vars(args), "stages": [{k: v for k, v in s.items() if k != "shape"} for s in STAGES]}
     report["parameters"] = sum(p.numel() for p in model.parameters())
     report["gpu"], report["torch"] = torch.cuda.get_device_name(), torch.__version__
