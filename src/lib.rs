@@ -17,6 +17,7 @@ pub mod format;
 pub mod isa;
 pub mod layout;
 pub mod memory;
+pub mod raw;
 pub mod scale;
 
 pub use backend::Backend;
