@@ -1,0 +1,198 @@
+//! AVX2 with FMA and F16C: 8 lanes, units of 16 channels.
+//!
+//! FP8 codes become f16 by shifting and F16C widens those exactly, subnormals included. An E5M2
+//! code is the upper byte of an f16. An E4M3 code sign-extended to 16 bits and shifted left by 7
+//! has its fields where f16 has them, once bit 14 (a copy of the sign) is cleared; its exponent
+//! bias is then 8 too large (7 for FNUZ), a factor of 2^-8 that `decode_scale` hands to the
+//! caller. NaN codes are found by comparison and set to all ones.
+
+use std::arch::x86_64::*;
+
+use super::kernels;
+use super::kernels::{Decode, Kernels, Pv, Qk, Softmax};
+use super::simd::{Simd, copy_tail};
+use crate::codec::Codec;
+use crate::format::KvFormat;
+
+/// The kernels for elements of format `F`.
+pub(super) fn kernels<F: Codec>() -> Kernels {
+    Kernels { qk: qk::<F>, pv: pv::<F>, decode: decode::<F>, softmax, decode_scale: Avx2::decode_scale(F::FORMAT) }
+}
+
+macro_rules! with_features {
+    ($(unsafe fn $name:ident $(<$F:ident: Codec>)? ($arg:ident: $ty:ty) $(-> $ret:ty)? = $body:expr;)*) => {$(
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn $name $(<$F: Codec>)? ($arg: $ty) $(-> $ret)? {
+            // SAFETY: the caller's promises; this function enables what `Avx2` executes.
+            unsafe { $body }
+        }
+    )*};
+}
+
+with_features! {
+    unsafe fn qk<F: Codec>(a: &Qk<'_>) = kernels::qk::<Avx2, F, 8, 4, 2, 1>(a);
+    unsafe fn pv<F: Codec>(a: &Pv<'_>) = kernels::pv::<Avx2, F>(a);
+    unsafe fn decode<F: Codec>(a: &Decode<'_>) = kernels::decode::<Avx2, F>(a);
+    unsafe fn softmax(a: &Softmax) -> (f32, f32) = kernels::softmax::<Avx2>(a);
+}
+
+/// The AVX2 implementation of [`Simd`].
+#[derive(Clone, Copy)]
+pub(super) struct Avx2;
+
+/// 16 f16 to 16 f32.
+#[inline(always)]
+unsafe fn widen(halves: __m256i) -> [__m256; 2] {
+    // SAFETY: F16C, see `Avx2`.
+    unsafe { [_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves))] }
+}
+
+// SAFETY of every `unsafe` block below: the instructions belong to the features that `Isa::Avx2`
+// tests for and the shells enable; accesses are those the trait's methods name.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Simd for Avx2 {
+    type V = __m256;
+    type Unit = [__m256; 2];
+    const LANES: usize = 8;
+    const VECS: usize = 2;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> __m256 {
+        unsafe { _mm256_set1_ps(x) }
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> __m256 {
+        unsafe { _mm256_loadu_ps(p) }
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: __m256) {
+        unsafe { _mm256_storeu_ps(p, v) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_add_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn sub(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn div(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_div_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+    #[inline(always)]
+    unsafe fn max(a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_max_ps(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn abs(a: __m256) -> __m256 {
+        unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
+    }
+    #[inline(always)]
+    unsafe fn copysign(magnitude: __m256, sign: __m256) -> __m256 {
+        unsafe {
+            let mask = _mm256_set1_ps(-0.0);
+            _mm256_or_ps(_mm256_and_ps(mask, sign), _mm256_andnot_ps(mask, magnitude))
+        }
+    }
+    #[inline(always)]
+    unsafe fn round(a: __m256) -> __m256 {
+        unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
+    }
+    #[inline(always)]
+    unsafe fn pow2(n: __m256) -> __m256 {
+        unsafe {
+            let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
+        }
+    }
+    #[inline(always)]
+    unsafe fn zero_where_less(x: __m256, limit: __m256, v: __m256) -> __m256 {
+        unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_NLT_UQ>(x, limit), v) }
+    }
+    #[inline(always)]
+    unsafe fn largest(v: __m256) -> f32 {
+        unsafe {
+            let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum(v: __m256) -> f32 {
+        unsafe {
+            let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+            _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn sum_each(a: &[__m256; 16]) -> __m256 {
+        unsafe {
+            let quads = |i: usize| _mm256_hadd_ps(_mm256_hadd_ps(a[i], a[i + 1]), _mm256_hadd_ps(a[i + 2], a[i + 3]));
+            let (x, y) = (quads(0), quads(4));
+            _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(x, y), _mm256_permute2f128_ps::<0x31>(x, y))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(p: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn decode<F: Codec>(src: *const u8, n: usize) -> [__m256; 2] {
+        unsafe {
+            if n < Self::UNIT {
+                let buffer = copy_tail::<64>(src, n * F::BYTES);
+                return Self::decode::<F>(buffer.as_ptr(), Self::UNIT);
+            }
+            match F::FORMAT {
+                KvFormat::F32 => [_mm256_loadu_ps(src.cast()), _mm256_loadu_ps(src.add(32).cast())],
+                KvFormat::F16 => widen(_mm256_loadu_si256(src.cast())),
+                KvFormat::BF16 => {
+                    let load = |p: *const u8| {
+                        let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
+                    };
+                    [load(src), load(src.add(16))]
+                }
+                KvFormat::Fp8E5M2 => {
+                    let x = _mm_loadu_si128(src.cast());
+                    let zero = _mm_setzero_si128();
+                    [_mm256_cvtph_ps(_mm_unpacklo_epi8(zero, x)), _mm256_cvtph_ps(_mm_unpackhi_epi8(zero, x))]
+                }
+                KvFormat::Fp8E4M3 => {
+                    let x = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(src.cast())));
+                    let magnitude = _mm256_and_si256(x, _mm256_set1_epi16(0x3f80));
+                    let nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80));
+                    let half = _mm256_and_si256(x, _mm256_set1_epi16(0xbf80u16 as i16));
+                    widen(_mm256_or_si256(half, nan))
+                }
+                KvFormat::Fp8E4M3Fnuz => {
+                    let x = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(src.cast())));
+                    let half = _mm256_and_si256(x, _mm256_set1_epi16(0xbf80u16 as i16));
+                    let nan = _mm256_cmpeq_epi16(half, _mm256_set1_epi16(i16::MIN));
+                    widen(_mm256_or_si256(half, nan))
+                }
+            }
+        }
+    }
+
+    fn decode_scale(format: KvFormat) -> f32 {
+        match format {
+            KvFormat::Fp8E4M3 => 256.0,
+            KvFormat::Fp8E4M3Fnuz => 128.0,
+            _ => 1.0,
+        }
+    }
+}

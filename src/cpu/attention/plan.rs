@@ -1,0 +1,188 @@
+//! Which work there is, and how it is handed to threads.
+//!
+//! A *group* is up to MAX_ROWS query rows of one sequence that attend together. Its keys are cut
+//! into *chunks* of equal length, a multiple of the tile, chosen from the sequence's length and
+//! the number of query rows in the batch: never from the number of threads or from other
+//! sequences. A group, a chunk and a KV head are an *item*.
+//!
+//! The workspace holds a state for each (token, query head, chunk) where there is more than one
+//! chunk. The more tokens a call has the fewer chunks a sequence gets: their product is bounded,
+//! and with many tokens there are items enough without.
+
+use super::kernels::TILE;
+use super::tile::MAX_ROWS;
+use crate::args::PagedAttention;
+use crate::cpu::CpuBackend;
+use crate::faults::{FaultWord, Faults};
+use crate::format::Element;
+use crate::layout::CacheShape;
+
+/// Positions in a chunk at least: about 10 µs of work at FP8 and head dim 128.
+const MIN_CHUNK: usize = 512;
+/// Chunks of a sequence at most.
+const MAX_CHUNKS: usize = 64;
+/// (token, chunk) pairs in the workspace at most, a head.
+const MAX_TOKEN_CHUNKS: usize = 1024;
+
+/// Floats of one state: values, maximum, sum.
+pub(super) const fn partial_len(v_head_dim: usize) -> usize {
+    v_head_dim + 2
+}
+
+/// Chunks a sequence may have in a call of `num_tokens`.
+fn max_chunks(shape: &CacheShape, num_tokens: usize) -> usize {
+    (MAX_TOKEN_CHUNKS / num_tokens.max(1)).clamp(1, MAX_CHUNKS).min(shape.num_slots().div_ceil(MIN_CHUNK))
+}
+
+/// Floats of workspace `paged_attention` needs.
+pub(in crate::cpu) fn workspace_len(shape: &CacheShape, num_heads: usize, num_tokens: usize) -> usize {
+    match max_chunks(shape, num_tokens) {
+        1 => 0,
+        chunks => {
+            [num_heads, chunks, partial_len(shape.spec.v_head_dim)].into_iter().fold(num_tokens, usize::saturating_mul)
+        }
+    }
+}
+
+/// Query rows of one sequence that attend together.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Group {
+    pub(super) seq: usize,
+    /// Row of the first query in the batch.
+    pub(super) first_token: usize,
+    pub(super) num_queries: usize,
+    /// Its position in the sequence.
+    pub(super) first_position: i64,
+    chunk_len: usize,
+    seq_len: usize,
+    /// Chunks some query sees a key of: `first_chunk..=last_chunk`.
+    pub(super) first_chunk: usize,
+    last_chunk: usize,
+}
+
+impl Group {
+    pub(super) fn num_chunks(&self) -> usize {
+        self.last_chunk - self.first_chunk + 1
+    }
+
+    /// Key positions of a chunk.
+    pub(super) fn chunk(&self, chunk: usize) -> (usize, usize) {
+        let start = (chunk * self.chunk_len).min(self.seq_len);
+        (start, (start + self.chunk_len).min(self.seq_len))
+    }
+}
+
+/// A group's work on one chunk and KV head. Merges ignore the chunk.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Item {
+    pub(super) group: usize,
+    pub(super) chunk: usize,
+    pub(super) kv_head: usize,
+}
+
+/// The work of one call.
+pub(super) struct Plan {
+    pub(super) groups: Vec<Group>,
+    pub(super) items: Vec<Item>,
+    pub(super) merges: Vec<Item>,
+    /// Query rows of the largest group.
+    pub(super) max_rows: usize,
+    /// Chunks the workspace has room for.
+    pub(super) max_chunks: usize,
+    /// Whether other threads are worth waking.
+    #[cfg_attr(not(feature = "parallel"), allow(dead_code))]
+    parallel: bool,
+}
+
+impl Plan {
+    /// Reads lengths and query starts; what is out of range is clamped or skipped and sets a fault.
+    pub(super) fn new<T: Element>(op: &PagedAttention<'_, CpuBackend, T>, faults: &FaultWord) -> Plan {
+        let spec = &op.shape.spec;
+        let max_chunks = max_chunks(&op.shape, op.num_tokens);
+        let queries_at_once = (MAX_ROWS / op.group_size()).max(1);
+        let mut plan = Plan { groups: vec![], items: vec![], merges: vec![], max_rows: 0, max_chunks, parallel: false };
+        let capacity = op.block_table_stride.saturating_mul(spec.block_size);
+        let mut claimed = 0;
+        let mut positions: usize = 0;
+        for seq in 0..op.num_seqs() {
+            let Some((first, end)) =
+                query_range(op.query_starts[seq], op.query_starts[seq + 1], claimed, op.num_tokens)
+            else {
+                faults.set(Faults::QUERY_START_OUT_OF_RANGE);
+                continue;
+            };
+            claimed = end;
+            let seq_len = usize::try_from(op.seq_lens[seq]).unwrap_or(0).min(capacity);
+            if i64::from(op.seq_lens[seq]) != seq_len as i64 {
+                faults.set(Faults::SEQ_LEN_OUT_OF_RANGE);
+            }
+            let chunk_len = seq_len.div_ceil(max_chunks).max(MIN_CHUNK).next_multiple_of(TILE);
+            for first_token in (first..end).step_by(queries_at_once) {
+                let num_queries = queries_at_once.min(end - first_token);
+                let first_position = seq_len as i64 - (end - first_token) as i64;
+                let mut group = Group {
+                    seq,
+                    first_token,
+                    num_queries,
+                    first_position,
+                    chunk_len,
+                    seq_len,
+                    first_chunk: 0,
+                    last_chunk: 0,
+                };
+                let last_key = (first_position + num_queries as i64 - 1).max(0) as usize;
+                let first_key = match op.params.sliding_window {
+                    Some(window) => (first_position.max(0) as usize + 1).saturating_sub(window),
+                    None => 0,
+                };
+                (group.first_chunk, group.last_chunk) = (first_key / chunk_len, last_key / chunk_len);
+                positions = positions.saturating_add(last_key + 1 - first_key.min(last_key));
+                plan.add(group, spec.num_kv_heads, op.group_size());
+            }
+        }
+        let bytes = (spec.k_head_dim * spec.k_format.bytes() + spec.v_head_dim * spec.v_format.bytes())
+            .saturating_mul(spec.num_kv_heads);
+        plan.parallel = positions.saturating_mul(bytes) >= PARALLEL_BYTES;
+        plan
+    }
+
+    fn add(&mut self, group: Group, kv_heads: usize, group_size: usize) {
+        let index = self.groups.len();
+        self.max_rows = self.max_rows.max(group.num_queries * group_size);
+        for chunk in group.first_chunk..=group.last_chunk {
+            self.items.extend((0..kv_heads).map(|kv_head| Item { group: index, chunk, kv_head }));
+        }
+        if group.num_chunks() > 1 {
+            self.merges.extend((0..kv_heads).map(|kv_head| Item { group: index, chunk: 0, kv_head }));
+        }
+        self.groups.push(group);
+    }
+
+    /// Runs `work` on every item, each thread with buffers of its own. Items are independent.
+    pub(super) fn for_each_item<B>(
+        &self,
+        items: &[Item],
+        buffers: impl Fn() -> B + Send + Sync,
+        work: impl Fn(&mut B, &Item) + Send + Sync,
+    ) {
+        #[cfg(feature = "parallel")]
+        if self.parallel && items.len() > 1 && rayon::current_num_threads() > 1 {
+            use rayon::prelude::*;
+            return items.par_iter().for_each_init(buffers, work);
+        }
+        if !items.is_empty() {
+            let mut buffers = buffers();
+            items.iter().for_each(|item| work(&mut buffers, item));
+        }
+    }
+}
+
+/// Below this many cached bytes waking other threads costs more than they save.
+const PARALLEL_BYTES: usize = 1 << 18;
+
+/// The query rows of a sequence, or `None` if they decrease, lie outside the batch, or overlap those
+/// of a sequence before it.
+fn query_range(start: i32, end: i32, claimed: usize, num_tokens: usize) -> Option<(usize, usize)> {
+    let (start, end) = (usize::try_from(start).ok()?, usize::try_from(end).ok()?);
+    (claimed <= start && start <= end && end <= num_tokens).then_some((start, end))
+}

@@ -1,0 +1,400 @@
+//! One work item: the query rows of one KV head against one chunk of one sequence, tile by tile.
+//!
+//! ```text
+//! for each tile of TILE positions some row sees:
+//!     find its rows (pages, bad blocks); many query rows: decode it to f32 once
+//!     scores = Q K^T;  online softmax a row;  acc = acc*alpha + P V
+//! ```
+//! The result is a state a row: running maximum (exp2 units), sum of weights and accumulated
+//! values, not yet divided. The rows of the tile after the next kernel's are prefetched throughout:
+//! pages are too short for the hardware's prefetchers to get going.
+
+use super::kernels::{Ahead, DIRECT_ROWS, Decode, Kernels, PAD, Pv, Qk, Rows, Softmax, TILE, padded_rows};
+use super::simd::LOG2_E;
+use crate::args::{AttentionParams, LayerRef};
+use crate::cpu::CpuBackend;
+use crate::faults::{FaultWord, Faults};
+use crate::layout::{CacheShape, Half, MAX_HEAD_DIM};
+
+/// Query rows of one item at most: enough to amortize decoding a tile, few enough that queries,
+/// scores and the tile stay in the L2 cache.
+pub(super) const MAX_ROWS: usize = 64;
+
+/// What a position without a row points at: code 0 is zero in every format.
+#[repr(align(64))]
+struct Zeros([u8; 4 * MAX_HEAD_DIM]);
+static ZEROS: Zeros = Zeros([0; 4 * MAX_HEAD_DIM]);
+
+/// What all items of a call share.
+pub(super) struct Context<'a> {
+    pub(super) shape: CacheShape,
+    pub(super) cache: LayerRef<'a, CpuBackend>,
+    pub(super) params: AttentionParams,
+    pub(super) group_size: usize,
+    pub(super) block_tables: &'a [i32],
+    pub(super) block_table_stride: usize,
+    pub(super) alibi_slopes: Option<&'a [f32]>,
+    /// Blocks outside the cache, found on the way.
+    pub(super) faults: FaultWord,
+    pub(super) kernels: Pair<Kernels>,
+    /// Kernels over decoded tiles.
+    pub(super) decoded: Kernels,
+}
+
+/// Something of K and of V.
+#[derive(Clone, Copy)]
+pub(super) struct Pair<T> {
+    pub(super) k: T,
+    pub(super) v: T,
+}
+
+/// Which queries, keys and positions an item covers.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Span {
+    pub(super) seq: usize,
+    pub(super) kv_head: usize,
+    /// Queries (not rows).
+    pub(super) num_queries: usize,
+    /// Position of the first query; negative if the sequence is shorter than its queries.
+    pub(super) first_position: i64,
+    /// Key positions of the chunk.
+    pub(super) start: usize,
+    pub(super) end: usize,
+    /// Factor of a dot product of decoded elements, in natural units: softmax scale, static scales
+    /// of K that do not vary by channel, decode scale.
+    pub(super) scale: f32,
+}
+
+/// Where `half` of one head begins, in elements: `(block, slot)` follow.
+struct Found {
+    k: Rows,
+    v: Rows,
+    bad: u64,
+    start: usize,
+    len: usize,
+}
+
+/// 64 bytes of f32, so that rows start on cache lines.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// Buffers of one thread, reused from item to item.
+pub(super) struct Scratch {
+    lines: Vec<Line>,
+    q_stride: usize,
+    acc_stride: usize,
+    rows: usize,
+    /// Running maximum, sum, and last factor of each row.
+    pub(super) max: Vec<f32>,
+    pub(super) sum: Vec<f32>,
+    alpha: Vec<f32>,
+    visible: Vec<(usize, usize)>,
+}
+
+/// f32 of the parts of [`Scratch::lines`], in order.
+struct Parts {
+    q: usize,
+    acc: usize,
+    scores: usize,
+    tile: usize,
+    codes: usize,
+    dynamic: usize,
+}
+
+impl Scratch {
+    /// Buffers for items of at most `rows` query rows.
+    pub(super) fn new(ctx: &Context<'_>, rows: usize) -> Self {
+        let spec = &ctx.shape.spec;
+        let rows = padded_rows(rows);
+        let (q_stride, acc_stride) = (spec.k_head_dim.next_multiple_of(PAD), spec.v_head_dim.next_multiple_of(PAD));
+        let mut scratch = Scratch {
+            lines: Vec::new(),
+            q_stride,
+            acc_stride,
+            rows,
+            max: vec![0.0; rows],
+            sum: vec![0.0; rows],
+            alpha: vec![1.0; rows],
+            visible: vec![(0, 0); rows],
+        };
+        let parts = scratch.parts();
+        let total = parts.q + parts.acc + parts.scores + parts.tile + parts.codes + parts.dynamic;
+        scratch.lines = vec![Line([0.0; 16]); total / 16];
+        scratch
+    }
+
+    fn parts(&self) -> Parts {
+        let widest = self.q_stride.max(self.acc_stride);
+        Parts {
+            q: self.rows * self.q_stride,
+            acc: self.rows * self.acc_stride,
+            scores: self.rows * TILE,
+            tile: TILE * widest,
+            codes: TILE * widest,
+            dynamic: 2 * TILE,
+        }
+    }
+
+    fn split(&mut self) -> (&mut [f32], &mut [f32], &mut [f32], &mut [f32], &mut [f32], &mut [f32]) {
+        let parts = self.parts();
+        // SAFETY: a `Line` is 16 f32 without padding.
+        let all = unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len() * 16) };
+        let (q, rest) = all.split_at_mut(parts.q);
+        let (acc, rest) = rest.split_at_mut(parts.acc);
+        let (scores, rest) = rest.split_at_mut(parts.scores);
+        let (tile, rest) = rest.split_at_mut(parts.tile);
+        let (codes, dynamic) = rest.split_at_mut(parts.codes);
+        (q, acc, scores, tile, codes, dynamic)
+    }
+
+    /// Query row `row`, to be filled with `k_head_dim` values.
+    pub(super) fn query_row(&mut self, row: usize) -> &mut [f32] {
+        let stride = self.q_stride;
+        &mut self.split().0[row * stride..][..stride]
+    }
+
+    /// The accumulated values of row `row`.
+    pub(super) fn acc_row(&mut self, row: usize) -> &[f32] {
+        let stride = self.acc_stride;
+        &self.split().1[row * stride..][..stride]
+    }
+}
+
+impl Span {
+    /// Key positions the query at `first_position + i` sees, before clipping to the chunk.
+    fn visible(&self, i: usize, window: Option<usize>) -> (i64, i64) {
+        let position = self.first_position + i as i64;
+        let lo = window.map_or(0, |window| position.saturating_add(1).saturating_sub_unsigned(window as u64));
+        (lo.max(0), position + 1)
+    }
+}
+
+/// Runs one item. The queries are in `scratch`; the row states end there.
+pub(super) fn attend(ctx: &Context<'_>, span: &Span, scratch: &mut Scratch) {
+    let spec = &ctx.shape.spec;
+    let rows = span.num_queries * ctx.group_size;
+    let padded = padded_rows(rows);
+    scratch.max[..padded].fill(f32::NEG_INFINITY);
+    scratch.sum[..padded].fill(0.0);
+    let (mut max, mut sum) = (std::mem::take(&mut scratch.max), std::mem::take(&mut scratch.sum));
+    let (mut alpha, mut visible) = (std::mem::take(&mut scratch.alpha), std::mem::take(&mut scratch.visible));
+    let (q_stride, acc_stride) = (scratch.q_stride, scratch.acc_stride);
+    let (q, acc, scores, tile, codes, dynamic) = scratch.split();
+    acc[..padded * acc_stride].fill(0.0);
+    let (k_dynamic, v_dynamic) = dynamic.split_at_mut(TILE);
+
+    let window = ctx.params.sliding_window;
+    let last = span.visible(span.num_queries - 1, window).1;
+    let end = last.clamp(span.start as i64, span.end as i64) as usize;
+    let first = span.visible(0, window).0.clamp(span.start as i64, end as i64) as usize;
+    let decode_tiles = rows > DIRECT_ROWS;
+    let packed = Pair {
+        k: !ctx.shape.k_map.rows_are_contiguous(spec.k_head_dim),
+        v: !ctx.shape.v_map.rows_are_contiguous(spec.v_head_dim),
+    };
+    let row_bytes = |half: Half, off: bool| if off { 0 } else { spec.head_dim(half) * spec.format(half).bytes() };
+    let scale = if ctx.params.soft_cap.is_some() { span.scale } else { span.scale * LOG2_E };
+
+    let mut start = first - first % TILE;
+    let mut found = find(ctx, span, start, end);
+    while start < end {
+        let next = find(ctx, span, start + TILE, end);
+        let len = found.len;
+
+        let mut keys = found.k;
+        if packed.k {
+            unpack(ctx, span, Half::K, &found, codes, &mut keys);
+        }
+        let mut kernels = ctx.kernels.k;
+        if decode_tiles {
+            decode(&kernels, &mut keys, len, spec.k_head_dim, tile, q_stride);
+            kernels = ctx.decoded;
+        }
+        let (q, p) = (q.as_ptr(), scores.as_mut_ptr());
+        let ahead = Ahead { rows: &found.v, bytes: row_bytes(Half::V, packed.v) };
+        let qk = Qk { q, q_stride, rows, keys: &keys, tokens: len, dim: spec.k_head_dim, ahead, scores: p };
+        // SAFETY: `q` and `scores` have padded rows; every pointer of `keys` is a row of the cache,
+        // of scratch or of ZEROS, each at least `dim` elements long; see `find`.
+        unsafe { (kernels.qk)(&qk) };
+
+        let k_dynamic = gather_dynamic(ctx, span, Half::K, &found, k_dynamic);
+        let v_dynamic = gather_dynamic(ctx, span, Half::V, &found, v_dynamic);
+        for row in 0..rows {
+            let (query, head) = (row / ctx.group_size, span.kv_head * ctx.group_size + row % ctx.group_size);
+            let (lo, hi) = span.visible(query, window);
+            let clip = |at: i64| (at.max(span.start as i64) - start as i64).clamp(0, len as i64) as usize;
+            visible[row] = (clip(lo), clip(hi).max(clip(lo)));
+            let position = span.first_position + query as i64;
+            let softmax = Softmax {
+                // SAFETY: `rows` rows of TILE scores.
+                scores: unsafe { p.add(row * TILE) },
+                scale,
+                k_dynamic,
+                v_dynamic,
+                soft_cap: ctx.params.soft_cap,
+                alibi: ctx.alibi_slopes.map(|slopes| (slopes[head] * LOG2_E, (start as i64 - position) as f32)),
+                visible: visible[row],
+                bad: found.bad,
+                max: max[row],
+            };
+            // SAFETY: the three pointers are null or TILE floats.
+            let (new_max, weights) = unsafe { (ctx.kernels.k.softmax)(&softmax) };
+            alpha[row] = rescale(max[row], new_max);
+            max[row] = new_max;
+            sum[row] = sum[row] * alpha[row] + weights;
+        }
+
+        let mut values = found.v;
+        if packed.v {
+            unpack(ctx, span, Half::V, &found, codes, &mut values);
+        }
+        let mut kernels = ctx.kernels.v;
+        if decode_tiles {
+            decode(&kernels, &mut values, len, spec.v_head_dim, tile, acc_stride);
+            kernels = ctx.decoded;
+        }
+        let pv = Pv {
+            p,
+            rows,
+            values: &values,
+            visible: &visible,
+            dim: spec.v_head_dim,
+            ahead: Ahead { rows: &next.k, bytes: row_bytes(Half::K, packed.k) },
+            alpha: &alpha,
+            acc: acc.as_mut_ptr(),
+            acc_stride,
+        };
+        // SAFETY: as for `qk`; `visible` ranges end at `len`.
+        unsafe { (kernels.pv)(&pv) };
+        found = next;
+        start += TILE;
+    }
+    (scratch.max, scratch.sum, scratch.alpha, scratch.visible) = (max, sum, alpha, visible);
+}
+
+/// `2^(old - new)`: the factor of what was accumulated under the maximum `old`.
+pub(super) fn rescale(old: f32, new: f32) -> f32 {
+    if old == new { 1.0 } else { (old - new).exp2() }
+}
+
+/// Calls `f(offset in tile, block, slot, length)` for each run of positions in one block; `block` is
+/// `None` outside the cache.
+#[inline(always)]
+fn for_each_run(
+    ctx: &Context<'_>,
+    span: &Span,
+    start: usize,
+    len: usize,
+    mut f: impl FnMut(usize, Option<usize>, usize, usize),
+) {
+    let block_size = ctx.shape.spec.block_size;
+    let table = &ctx.block_tables[span.seq * ctx.block_table_stride..][..ctx.block_table_stride];
+    let mut done = 0;
+    while done < len {
+        let (logical, slot) = ((start + done) / block_size, (start + done) % block_size);
+        let run = (block_size - slot).min(len - done);
+        let block = usize::try_from(table[logical]).ok().filter(|&block| block < ctx.shape.num_blocks);
+        f(done, block, slot, run);
+        done += run;
+    }
+}
+
+/// The rows of positions `start..end`, at most a tile of them.
+fn find(ctx: &Context<'_>, span: &Span, start: usize, end: usize) -> Found {
+    let zeros = ZEROS.0.as_ptr();
+    let len = end.saturating_sub(start).min(TILE);
+    let mut found = Found { k: [zeros; TILE], v: [zeros; TILE], bad: 0, start, len };
+    let side = |half: Half, cache: &[u8]| {
+        let (map, bytes) = (ctx.shape.map(half), ctx.shape.spec.format(half).bytes());
+        (cache.as_ptr().wrapping_add(span.kv_head * map.head_stride * bytes), *map, bytes)
+    };
+    let (k, k_map, k_bytes) = side(Half::K, ctx.cache.k);
+    let (v, v_map, v_bytes) = side(Half::V, ctx.cache.v);
+    for_each_run(ctx, span, start, len, |at, block, slot, run| match block {
+        // Validation made every (block, head, slot) row lie in its buffer.
+        Some(block) => {
+            let k = k.wrapping_add((block * k_map.block_stride + slot * k_map.slot_stride) * k_bytes);
+            let v = v.wrapping_add((block * v_map.block_stride + slot * v_map.slot_stride) * v_bytes);
+            for i in 0..run {
+                found.k[at + i] = k.wrapping_add(i * k_map.slot_stride * k_bytes);
+                found.v[at + i] = v.wrapping_add(i * v_map.slot_stride * v_bytes);
+            }
+        }
+        None => {
+            found.bad |= (u64::MAX >> (64 - run)) << at;
+            ctx.faults.set(Faults::BLOCK_OUT_OF_RANGE);
+        }
+    });
+    found
+}
+
+/// Gathers the codes of a packed layout into rows in `codes`, and points `rows` at them.
+fn unpack(ctx: &Context<'_>, span: &Span, half: Half, found: &Found, codes: &mut [f32], rows: &mut Rows) {
+    let spec = &ctx.shape.spec;
+    let (map, bytes, dim) = (ctx.shape.map(half), spec.format(half).bytes(), spec.head_dim(half));
+    let src = match half {
+        Half::K => ctx.cache.k,
+        Half::V => ctx.cache.v,
+    };
+    let stride = 4 * dim.next_multiple_of(PAD);
+    // SAFETY: any bytes are valid f32 and any f32 valid bytes; the length is the same.
+    let codes = unsafe { std::slice::from_raw_parts_mut(codes.as_mut_ptr().cast::<u8>(), codes.len() * 4) };
+    for_each_run(ctx, span, found.start, found.len, |at, block, slot, run| {
+        let Some(block) = block else { return };
+        for chunk in 0..dim / map.chunk {
+            let first = map.index(block, span.kv_head, slot, chunk * map.chunk) * bytes;
+            let width = map.chunk * bytes;
+            let src = &src[first..][..(run - 1) * map.slot_stride * bytes + width];
+            let dst = &mut codes[at * stride + chunk * width..];
+            match width {
+                16 => copy_pieces::<16>(src, dst, run, map.slot_stride * bytes, stride),
+                4 => copy_pieces::<4>(src, dst, run, map.slot_stride * bytes, stride),
+                2 => copy_pieces::<2>(src, dst, run, map.slot_stride * bytes, stride),
+                _ => copy_pieces::<1>(src, dst, run, map.slot_stride * bytes, stride),
+            }
+        }
+        for (i, row) in rows[at..at + run].iter_mut().enumerate() {
+            *row = codes[(at + i) * stride..].as_ptr();
+        }
+    });
+}
+
+/// Copies `n` pieces of `WIDTH` bytes from one stride to another.
+#[inline(always)]
+fn copy_pieces<const WIDTH: usize>(src: &[u8], dst: &mut [u8], n: usize, src_stride: usize, dst_stride: usize) {
+    for i in 0..n {
+        dst[i * dst_stride..][..WIDTH].copy_from_slice(&src[i * src_stride..][..WIDTH]);
+    }
+}
+
+/// Decodes the rows of a tile to f32 in `tile`, and points `rows` at them.
+fn decode(kernels: &Kernels, rows: &mut Rows, tokens: usize, dim: usize, tile: &mut [f32], stride: usize) {
+    debug_assert!(tile.len() >= TILE * stride);
+    // SAFETY: every row holds `dim` elements of the kernels' format; `tile` has TILE rows of
+    // `stride`, a multiple of PAD.
+    unsafe { (kernels.decode)(&Decode { rows, tokens, dim, dst: tile.as_mut_ptr(), stride }) };
+    for (t, row) in rows[..tokens].iter_mut().enumerate() {
+        *row = tile[t * stride..].as_ptr().cast();
+    }
+}
+
+/// The dynamic scales of a tile's rows in `buffer`, 1.0 where there is no row; null if the half has
+/// none.
+fn gather_dynamic(ctx: &Context<'_>, span: &Span, half: Half, found: &Found, buffer: &mut [f32]) -> *const f32 {
+    let scales = match half {
+        Half::K => ctx.cache.k_dynamic,
+        Half::V => ctx.cache.v_dynamic,
+    };
+    let Some(scales) = scales.filter(|_| ctx.shape.spec.has_dynamic_scales(half)) else {
+        return std::ptr::null();
+    };
+    buffer.fill(1.0);
+    for_each_run(ctx, span, found.start, found.len, |at, block, slot, run| {
+        if let Some(block) = block {
+            let first = ctx.shape.dynamic_scale_index(block, span.kv_head, slot);
+            buffer[at..at + run].copy_from_slice(&scales[first..first + run]);
+        }
+    });
+    buffer.as_ptr()
+}
