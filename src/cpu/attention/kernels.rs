@@ -55,7 +55,7 @@ pub(super) struct Qk<'a> {
 
 /// Arguments of `pv`.
 pub(super) struct Pv<'a> {
-    /// Probabilities `[padded rows, TILE]`.
+    /// Probabilities `[rows, TILE]`.
     pub(super) p: *const f32,
     pub(super) rows: usize,
     pub(super) values: &'a Rows,
@@ -63,9 +63,9 @@ pub(super) struct Pv<'a> {
     pub(super) visible: &'a [(usize, usize)],
     pub(super) dim: usize,
     pub(super) ahead: Ahead<'a>,
-    /// Factor of what is accumulated already, `[padded rows]`.
+    /// Factor of what is accumulated already, `[rows]`.
     pub(super) alpha: &'a [f32],
-    /// `[padded rows, acc_stride]`.
+    /// `[rows, acc_stride]`.
     pub(super) acc: *mut f32,
     pub(super) acc_stride: usize,
 }
@@ -126,7 +126,7 @@ impl Kernels {
     }
 }
 
-/// Rows the buffers of `rows` query rows must have: kernels take them 1, 2, 4 or 8 at a time.
+/// Rows the buffers of `rows` query rows must have: `qk` takes them 1, 2, 4 or 8 at a time.
 pub(super) const fn padded_rows(rows: usize) -> usize {
     let rest = rows % 8;
     rows - rest + if rest > 4 { 8 } else { rest.next_power_of_two() * (rest > 0) as usize }
@@ -226,12 +226,13 @@ pub(super) unsafe fn pv<S: Simd, F: Codec>(a: &Pv<'_>) {
     while row < a.rows {
         let end = a.rows.min(row + 4);
         let together = a.visible[row..end].iter().all(|range| *range == a.visible[row]);
-        // SAFETY: the caller's promises; row + R stays within the padded rows.
+        // SAFETY: the caller's promises; row + R <= rows.
         row += unsafe {
             match end - row {
                 1 => pv_rows::<S, F, 1>(a, row),
                 _ if !together => pv_rows::<S, F, 1>(a, row),
                 2 => pv_rows::<S, F, 2>(a, row),
+                3 => pv_rows::<S, F, 3>(a, row),
                 _ => pv_rows::<S, F, 4>(a, row),
             }
         };
@@ -240,7 +241,7 @@ pub(super) unsafe fn pv<S: Simd, F: Codec>(a: &Pv<'_>) {
 
 #[inline(always)]
 unsafe fn pv_rows<S: Simd, F: Codec, const R: usize>(a: &Pv<'_>, row: usize) -> usize {
-    // SAFETY: rows row..row+R of `p`, `alpha` and `acc` exist (padded), `acc` rows are PAD-padded.
+    // SAFETY: rows row..row+R of `p`, `alpha` and `acc` exist, `acc` rows are PAD-padded.
     unsafe {
         let mut d = 0;
         while d + S::UNIT <= a.dim {

@@ -28,7 +28,7 @@ use self::plan::{Group, Item, Plan};
 use self::simd::LOG2_E;
 use self::tile::{Context, Pair, Scratch, Span, attend, rescale};
 use super::CpuBackend;
-use crate::args::{LayerRef, PagedAttention, RowStrides};
+use crate::args::{PagedAttention, RowStrides};
 use crate::faults::FaultWord;
 use crate::format::{Element, KvFormat};
 use crate::isa::Isa;
@@ -39,10 +39,9 @@ pub(super) fn run<T: Element>(op: PagedAttention<'_, CpuBackend, T>, isa: Isa, f
     let plan = Plan::new(&op, faults);
     let spec = op.shape.spec;
     let group_size = op.group_size();
-    let LayerRef { k, v, k_dynamic, v_dynamic } = op.cache;
     let ctx = Context {
         shape: op.shape,
-        cache: LayerRef { k, v, k_dynamic, v_dynamic },
+        cache: op.cache,
         params: op.params,
         group_size,
         block_tables: op.block_tables,

@@ -13,7 +13,8 @@ use super::kernels::TILE;
 use super::tile::MAX_ROWS;
 use crate::args::PagedAttention;
 use crate::cpu::CpuBackend;
-use crate::faults::{FaultWord, Faults};
+use crate::cpu::ragged::{sequence_len, sequence_rows};
+use crate::faults::FaultWord;
 use crate::format::Element;
 use crate::layout::CacheShape;
 
@@ -102,20 +103,11 @@ impl Plan {
         let queries_at_once = (MAX_ROWS / op.group_size()).max(1);
         let mut plan = Plan { groups: vec![], items: vec![], merges: vec![], max_rows: 0, max_chunks, parallel: false };
         let capacity = op.block_table_stride.saturating_mul(spec.block_size);
-        let mut claimed = 0;
         let mut positions: usize = 0;
-        for seq in 0..op.num_seqs() {
-            let Some((first, end)) =
-                query_range(op.query_starts[seq], op.query_starts[seq + 1], claimed, op.num_tokens)
-            else {
-                faults.set(Faults::QUERY_START_OUT_OF_RANGE);
-                continue;
-            };
-            claimed = end;
-            let seq_len = usize::try_from(op.seq_lens[seq]).unwrap_or(0).min(capacity);
-            if i64::from(op.seq_lens[seq]) != seq_len as i64 {
-                faults.set(Faults::SEQ_LEN_OUT_OF_RANGE);
-            }
+        let starts = &op.query_starts[..op.num_seqs() + 1];
+        for (seq, rows) in sequence_rows(starts, op.num_tokens, faults) {
+            let (first, end) = (rows.start, rows.end);
+            let seq_len = sequence_len(op.seq_lens[seq], capacity, faults);
             let chunk_len = seq_len.div_ceil(max_chunks).max(MIN_CHUNK).next_multiple_of(TILE);
             for first_token in (first..end).step_by(queries_at_once) {
                 let num_queries = queries_at_once.min(end - first_token);
@@ -179,10 +171,3 @@ impl Plan {
 
 /// Below this many cached bytes waking other threads costs more than they save.
 const PARALLEL_BYTES: usize = 1 << 18;
-
-/// The query rows of a sequence, or `None` if they decrease, lie outside the batch, or overlap those
-/// of a sequence before it.
-fn query_range(start: i32, end: i32, claimed: usize, num_tokens: usize) -> Option<(usize, usize)> {
-    let (start, end) = (usize::try_from(start).ok()?, usize::try_from(end).ok()?);
-    (claimed <= start && start <= end && end <= num_tokens).then_some((start, end))
-}

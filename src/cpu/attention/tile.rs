@@ -13,7 +13,8 @@ use super::kernels::{Ahead, DIRECT_ROWS, Decode, Kernels, PAD, Pv, Qk, Rows, Sof
 use super::simd::LOG2_E;
 use crate::args::{AttentionParams, LayerRef};
 use crate::cpu::CpuBackend;
-use crate::faults::{FaultWord, Faults};
+use crate::cpu::ragged::checked_block;
+use crate::faults::FaultWord;
 use crate::layout::{CacheShape, Half, MAX_HEAD_DIM};
 
 /// Query rows of one item at most: enough to amortize decoding a tile, few enough that queries,
@@ -65,7 +66,7 @@ pub(super) struct Span {
     pub(super) scale: f32,
 }
 
-/// Where `half` of one head begins, in elements: `(block, slot)` follow.
+/// A tile: where the rows of positions `start..start+len` are, and which have none.
 struct Found {
     k: Rows,
     v: Rows,
@@ -174,14 +175,13 @@ impl Span {
 pub(super) fn attend(ctx: &Context<'_>, span: &Span, scratch: &mut Scratch) {
     let spec = &ctx.shape.spec;
     let rows = span.num_queries * ctx.group_size;
-    let padded = padded_rows(rows);
-    scratch.max[..padded].fill(f32::NEG_INFINITY);
-    scratch.sum[..padded].fill(0.0);
+    scratch.max[..rows].fill(f32::NEG_INFINITY);
+    scratch.sum[..rows].fill(0.0);
     let (mut max, mut sum) = (std::mem::take(&mut scratch.max), std::mem::take(&mut scratch.sum));
     let (mut alpha, mut visible) = (std::mem::take(&mut scratch.alpha), std::mem::take(&mut scratch.visible));
     let (q_stride, acc_stride) = (scratch.q_stride, scratch.acc_stride);
     let (q, acc, scores, tile, codes, dynamic) = scratch.split();
-    acc[..padded * acc_stride].fill(0.0);
+    acc[..rows * acc_stride].fill(0.0);
     let (k_dynamic, v_dynamic) = dynamic.split_at_mut(TILE);
 
     let window = ctx.params.sliding_window;
@@ -197,9 +197,9 @@ pub(super) fn attend(ctx: &Context<'_>, span: &Span, scratch: &mut Scratch) {
     let scale = if ctx.params.soft_cap.is_some() { span.scale } else { span.scale * LOG2_E };
 
     let mut start = first - first % TILE;
-    let mut found = find(ctx, span, start, end);
+    let mut found = find(ctx, span, start, first, end);
     while start < end {
-        let next = find(ctx, span, start + TILE, end);
+        let next = find(ctx, span, start + TILE, first, end);
         let len = found.len;
 
         let mut keys = found.k;
@@ -278,30 +278,27 @@ pub(super) fn rescale(old: f32, new: f32) -> f32 {
     if old == new { 1.0 } else { (old - new).exp2() }
 }
 
-/// Calls `f(offset in tile, block, slot, length)` for each run of positions in one block; `block` is
-/// `None` outside the cache.
+/// Calls `f(offset in tile, table entry, slot, length)` for each run of positions in one block.
 #[inline(always)]
-fn for_each_run(
-    ctx: &Context<'_>,
-    span: &Span,
-    start: usize,
-    len: usize,
-    mut f: impl FnMut(usize, Option<usize>, usize, usize),
-) {
+fn for_each_run(ctx: &Context<'_>, span: &Span, start: usize, len: usize, mut f: impl FnMut(usize, i32, usize, usize)) {
     let block_size = ctx.shape.spec.block_size;
     let table = &ctx.block_tables[span.seq * ctx.block_table_stride..][..ctx.block_table_stride];
     let mut done = 0;
     while done < len {
         let (logical, slot) = ((start + done) / block_size, (start + done) % block_size);
         let run = (block_size - slot).min(len - done);
-        let block = usize::try_from(table[logical]).ok().filter(|&block| block < ctx.shape.num_blocks);
-        f(done, block, slot, run);
+        f(done, table[logical], slot, run);
         done += run;
     }
 }
 
-/// The rows of positions `start..end`, at most a tile of them.
-fn find(ctx: &Context<'_>, span: &Span, start: usize, end: usize) -> Found {
+/// The block an entry that `find` has checked names.
+fn valid_block(ctx: &Context<'_>, entry: i32) -> Option<usize> {
+    usize::try_from(entry).ok().filter(|&block| block < ctx.shape.num_blocks)
+}
+
+/// The rows of positions `start..end`, at most a tile of them. No query sees those before `first`.
+fn find(ctx: &Context<'_>, span: &Span, start: usize, first: usize, end: usize) -> Found {
     let zeros = ZEROS.0.as_ptr();
     let len = end.saturating_sub(start).min(TILE);
     let mut found = Found { k: [zeros; TILE], v: [zeros; TILE], bad: 0, start, len };
@@ -311,19 +308,22 @@ fn find(ctx: &Context<'_>, span: &Span, start: usize, end: usize) -> Found {
     };
     let (k, k_map, k_bytes) = side(Half::K, ctx.cache.k);
     let (v, v_map, v_bytes) = side(Half::V, ctx.cache.v);
-    for_each_run(ctx, span, start, len, |at, block, slot, run| match block {
-        // Validation made every (block, head, slot) row lie in its buffer.
-        Some(block) => {
-            let k = k.wrapping_add((block * k_map.block_stride + slot * k_map.slot_stride) * k_bytes);
-            let v = v.wrapping_add((block * v_map.block_stride + slot * v_map.slot_stride) * v_bytes);
-            for i in 0..run {
-                found.k[at + i] = k.wrapping_add(i * k_map.slot_stride * k_bytes);
-                found.v[at + i] = v.wrapping_add(i * v_map.slot_stride * v_bytes);
+    let unseen = FaultWord::default();
+    for_each_run(ctx, span, start, len, |at, entry, slot, run| {
+        let faults = if start + at + run > first { &ctx.faults } else { &unseen };
+        match checked_block(entry, ctx.shape.num_blocks, faults) {
+            // Validation made every (block, head, slot) row lie in its buffer.
+            Some(block) => {
+                let k = k.wrapping_add((block * k_map.block_stride + slot * k_map.slot_stride) * k_bytes);
+                let v = v.wrapping_add((block * v_map.block_stride + slot * v_map.slot_stride) * v_bytes);
+                for i in 0..run {
+                    found.k[at + i] = k.wrapping_add(i * k_map.slot_stride * k_bytes);
+                    found.v[at + i] = v.wrapping_add(i * v_map.slot_stride * v_bytes);
+                }
             }
-        }
-        None => {
-            found.bad |= (u64::MAX >> (64 - run)) << at;
-            ctx.faults.set(Faults::BLOCK_OUT_OF_RANGE);
+            None => {
+                found.bad |= (u64::MAX >> (64 - run)) << at;
+            }
         }
     });
     found
@@ -340,8 +340,8 @@ fn unpack(ctx: &Context<'_>, span: &Span, half: Half, found: &Found, codes: &mut
     let stride = 4 * dim.next_multiple_of(PAD);
     // SAFETY: any bytes are valid f32 and any f32 valid bytes; the length is the same.
     let codes = unsafe { std::slice::from_raw_parts_mut(codes.as_mut_ptr().cast::<u8>(), codes.len() * 4) };
-    for_each_run(ctx, span, found.start, found.len, |at, block, slot, run| {
-        let Some(block) = block else { return };
+    for_each_run(ctx, span, found.start, found.len, |at, entry, slot, run| {
+        let Some(block) = valid_block(ctx, entry) else { return };
         for chunk in 0..dim / map.chunk {
             let first = map.index(block, span.kv_head, slot, chunk * map.chunk) * bytes;
             let width = map.chunk * bytes;
@@ -390,8 +390,8 @@ fn gather_dynamic(ctx: &Context<'_>, span: &Span, half: Half, found: &Found, buf
         return std::ptr::null();
     };
     buffer.fill(1.0);
-    for_each_run(ctx, span, found.start, found.len, |at, block, slot, run| {
-        if let Some(block) = block {
+    for_each_run(ctx, span, found.start, found.len, |at, entry, slot, run| {
+        if let Some(block) = valid_block(ctx, entry) {
             let first = ctx.shape.dynamic_scale_index(block, span.kv_head, slot);
             buffer[at..at + run].copy_from_slice(&scales[first..first + run]);
         }
