@@ -255,6 +255,8 @@ unsafe fn pv_rows<S: Simd, F: Codec, const R: usize>(a: &Pv<'_>, row: usize) -> 
     R
 }
 
+// Index loops of constant length over arrays of registers: what the compiler unrolls.
+#[allow(clippy::needless_range_loop)]
 #[inline(always)]
 unsafe fn pv_unit<S: Simd, F: Codec, const R: usize>(a: &Pv<'_>, row: usize, d: usize, n: usize) {
     let (lo, hi) = a.visible[row];
