@@ -13,6 +13,8 @@
 //! backend with [`PagedKvCache::layer_ref`] and [`PagedKvCache::scale`]. An engine that owns its
 //! memory does not need this type: it fills the structs itself.
 
+mod host_pool;
+
 use std::sync::Arc;
 
 use crate::args::{
@@ -20,12 +22,14 @@ use crate::args::{
     UpdateScales,
 };
 use crate::backend::Backend;
-use crate::cpu::CpuBackend;
 use crate::error::{Error, Result};
 use crate::format::Element;
 use crate::layout::{CacheShape, CacheSpec, Half, checked_product};
-use crate::memory::{Host, Memory};
+use crate::memory::Memory;
 use crate::scale::{Granularity, LayerScales, ScaleRef, StaticScale};
+
+pub use host_pool::HostPool;
+use host_pool::{host_mut, host_ref};
 
 /// The buffers of one layer's blocks, lengths as [`CacheShape`] gives them.
 #[derive(Debug)]
@@ -110,6 +114,25 @@ struct Layer<B: Backend> {
 }
 
 /// The paged KV cache of a model: all layers, one geometry, on one backend.
+///
+/// ```
+/// use std::sync::Arc;
+/// use quantkv::args::RowStrides;
+/// use quantkv::scale::LayerScales;
+/// use quantkv::{CacheSpec, CpuBackend, KvFormat, PagedKvCache};
+///
+/// // 2 KV heads of 64 channels, 16 tokens a block, 100 blocks in each of 2 layers.
+/// let spec = CacheSpec::new(2, 64, 16, KvFormat::Fp8E4M3)?;
+/// let mut cache = PagedKvCache::new(Arc::new(CpuBackend::new()), spec, 100, &vec![LayerScales::one(); 2])?;
+/// assert_eq!(cache.bytes_per_token(), 2 * 2 * 64 * 2);
+///
+/// // One token's keys and values of layer 0, to slot 5 of block 3.
+/// let (key, value) = ([0.5f32; 128], [2.0f32; 128]);
+/// let rows = RowStrides::contiguous(2, 64);
+/// cache.write(0, &key, rows, &value, rows, &[3 * 16 + 5])?;
+/// assert_eq!(cache.layer_ref(0)?.k[(3 * 2 * 16 + 5) * 64], 0x30, "0.5 in E4M3");
+/// # Ok::<(), quantkv::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct PagedKvCache<B: Backend> {
     backend: Arc<B>,
@@ -435,74 +458,6 @@ impl<B: Backend> PagedKvCache<B> {
         let num_layers = self.layers.len();
         let target = self.layers.get_mut(layer).ok_or(Error::LayerOutOfRange { layer, num_layers })?;
         Ok((&self.backend, target))
-    }
-}
-
-/// Blocks of all layers in host memory, where preempted sequences wait: the same geometry as a
-/// [`PagedKvCache`], its own number of blocks, no static scales (bytes keep the cache's).
-#[derive(Debug)]
-pub struct HostPool {
-    shape: CacheShape,
-    layers: Vec<LayerBlocks<CpuBackend>>,
-}
-
-impl HostPool {
-    /// Allocates `num_blocks` zeroed blocks in each of `num_layers` layers.
-    ///
-    /// # Errors
-    /// What [`CacheSpec::shape`] refuses; [`Error::Zero`] without layers; [`Error::OutOfMemory`].
-    pub fn new(spec: CacheSpec, num_layers: usize, num_blocks: usize) -> Result<Self> {
-        let shape = spec.shape(num_blocks)?;
-        checked_cache_bytes(&shape, num_layers)?;
-        let allocator = CpuBackend::scalar();
-        let layers = (0..num_layers).map(|_| LayerBlocks::zeros(&allocator, &shape)).collect::<Result<_>>()?;
-        Ok(HostPool { shape, layers })
-    }
-
-    /// The geometry of every layer.
-    pub fn shape(&self) -> &CacheShape {
-        &self.shape
-    }
-
-    /// Layers.
-    pub fn num_layers(&self) -> usize {
-        self.layers.len()
-    }
-
-    /// One layer's blocks.
-    ///
-    /// # Errors
-    /// [`Error::LayerOutOfRange`].
-    pub fn layer_ref(&self, layer: usize) -> Result<LayerRef<'_, Host>> {
-        let num_layers = self.layers.len();
-        self.layers.get(layer).map(host_ref).ok_or(Error::LayerOutOfRange { layer, num_layers })
-    }
-
-    /// One layer's blocks, for writing.
-    ///
-    /// # Errors
-    /// [`Error::LayerOutOfRange`].
-    pub fn layer_mut(&mut self, layer: usize) -> Result<LayerMut<'_, Host>> {
-        let num_layers = self.layers.len();
-        self.layers.get_mut(layer).map(host_mut).ok_or(Error::LayerOutOfRange { layer, num_layers })
-    }
-}
-
-fn host_ref(blocks: &LayerBlocks<CpuBackend>) -> LayerRef<'_, Host> {
-    LayerRef {
-        k: &blocks.k,
-        v: &blocks.v,
-        k_dynamic: blocks.k_dynamic.as_deref(),
-        v_dynamic: blocks.v_dynamic.as_deref(),
-    }
-}
-
-fn host_mut(blocks: &mut LayerBlocks<CpuBackend>) -> LayerMut<'_, Host> {
-    LayerMut {
-        k: &mut blocks.k,
-        v: &mut blocks.v,
-        k_dynamic: blocks.k_dynamic.as_deref_mut(),
-        v_dynamic: blocks.v_dynamic.as_deref_mut(),
     }
 }
 

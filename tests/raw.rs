@@ -101,7 +101,7 @@ impl Interleaved {
 fn sample(token: usize, head: usize, d: usize) -> f32 {
     let n = token * 31 + head * 7 + d * 3;
     let magnitude = 2f32.powi((n % 9) as i32 - 4);
-    if n % 5 == 0 { -magnitude } else { magnitude }
+    if n.is_multiple_of(5) { -magnitude } else { magnitude }
 }
 
 /// The bytes that store such a power of two: sign, biased exponent, no mantissa.

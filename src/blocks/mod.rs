@@ -19,6 +19,34 @@
 //!
 //! Reference counts are sums: a block counts one for each table it stands in, and one more if the
 //! prefix cache holds it.
+//!
+//! ```
+//! use quantkv::blocks::{BlockPool, BlockTable, WritePlan};
+//!
+//! let mut pool = BlockPool::with_prefix_cache(8, 4)?; // 8 blocks of 4 tokens
+//! let mut plan = WritePlan::default();
+//! let mut first = BlockTable::with_prefix_of(&mut pool, 0, &[1, 2, 3, 4, 5, 6])?;
+//! first.append(&mut pool, &[1, 2, 3, 4, 5, 6], &mut plan)?;
+//! assert_eq!(plan.slots, [0, 1, 2, 3, 4, 5]);
+//! first.publish(&mut pool)?; // once written
+//!
+//! // A second sequence that begins alike shares the full block.
+//! let second = BlockTable::with_prefix_of(&mut pool, 0, &[1, 2, 3, 4, 9])?;
+//! assert_eq!((second.len(), second.blocks()), (4, &first.blocks()[..1]));
+//!
+//! // A parallel sample shares all; the first to go on copies the partly filled block.
+//! let sample = first.fork(&mut pool)?;
+//! plan.clear();
+//! first.append(&mut pool, &[7], &mut plan)?;
+//! assert_eq!((plan.copies[0].src, plan.copies[0].dst), (1, 2));
+//! assert_eq!(plan.slots, [2 * 4 + 2]);
+//!
+//! for table in [first, second, sample] {
+//!     table.release(&mut pool)?;
+//! }
+//! assert_eq!(pool.num_available(), 8);
+//! # Ok::<(), quantkv::Error>(())
+//! ```
 
 mod allocator;
 mod pool;

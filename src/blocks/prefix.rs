@@ -17,6 +17,8 @@
 //!
 //! An entry nobody uses is *idle*. Idle entries are evicted least recently used first, and
 //! sequences give their blocks back last block first, so a prefix outlives what continues it.
+//! (Two sequences that computed the same block side by side share its entry but not the block. If
+//! the entry goes first, what the other entered after it is not found again and goes in its turn.)
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;

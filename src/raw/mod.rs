@@ -94,18 +94,18 @@ impl Memory for Pointers {
 }
 
 /// Buffers by pointer that can be had by slice.
-trait AsSlices<'a> {
+trait IntoSlices<'a> {
     type Slices;
 
     /// # Safety
     /// The module's contract, for `'a`; buffers to write do not overlap any other.
-    unsafe fn as_slices(self) -> Self::Slices;
+    unsafe fn into_slices(self) -> Self::Slices;
 }
 
-impl<'a, T: Pod> AsSlices<'a> for PtrRef<T> {
+impl<'a, T: Pod> IntoSlices<'a> for PtrRef<T> {
     type Slices = &'a [T];
 
-    unsafe fn as_slices(self) -> &'a [T] {
+    unsafe fn into_slices(self) -> &'a [T] {
         if self.len == 0 {
             return &[];
         }
@@ -114,10 +114,10 @@ impl<'a, T: Pod> AsSlices<'a> for PtrRef<T> {
     }
 }
 
-impl<'a, T: Pod> AsSlices<'a> for PtrMut<T> {
+impl<'a, T: Pod> IntoSlices<'a> for PtrMut<T> {
     type Slices = &'a mut [T];
 
-    unsafe fn as_slices(self) -> &'a mut [T] {
+    unsafe fn into_slices(self) -> &'a mut [T] {
         if self.len == 0 {
             return &mut [];
         }
@@ -126,12 +126,12 @@ impl<'a, T: Pod> AsSlices<'a> for PtrMut<T> {
     }
 }
 
-impl<'a, B: AsSlices<'a>> AsSlices<'a> for Option<B> {
+impl<'a, B: IntoSlices<'a>> IntoSlices<'a> for Option<B> {
     type Slices = Option<B::Slices>;
 
-    unsafe fn as_slices(self) -> Self::Slices {
+    unsafe fn into_slices(self) -> Self::Slices {
         // SAFETY: the caller's.
-        self.map(|buffer| unsafe { buffer.as_slices() })
+        self.map(|buffer| unsafe { buffer.into_slices() })
     }
 }
 
@@ -139,32 +139,32 @@ impl<'a, B: AsSlices<'a>> AsSlices<'a> for Option<B> {
 /// The caller gives the `unsafe` block.
 macro_rules! slices {
     ($from:ident as $to:ident { $($plain:ident),*; $($buffer:ident),* }) => {
-        $to { $($plain: $from.$plain,)* $($buffer: $from.$buffer.as_slices(),)* }
+        $to { $($plain: $from.$plain,)* $($buffer: $from.$buffer.into_slices(),)* }
     };
 }
 
-impl<'a> AsSlices<'a> for ScaleRef<'_, Pointers> {
+impl<'a> IntoSlices<'a> for ScaleRef<'_, Pointers> {
     type Slices = ScaleRef<'a, CpuBackend>;
 
-    unsafe fn as_slices(self) -> Self::Slices {
+    unsafe fn into_slices(self) -> Self::Slices {
         // SAFETY: the caller's.
         unsafe { slices!(self as ScaleRef { strides; values }) }
     }
 }
 
-impl<'a> AsSlices<'a> for LayerRef<'_, Pointers> {
+impl<'a> IntoSlices<'a> for LayerRef<'_, Pointers> {
     type Slices = LayerRef<'a, CpuBackend>;
 
-    unsafe fn as_slices(self) -> Self::Slices {
+    unsafe fn into_slices(self) -> Self::Slices {
         // SAFETY: the caller's.
         unsafe { slices!(self as LayerRef { ; k, v, k_dynamic, v_dynamic }) }
     }
 }
 
-impl<'a> AsSlices<'a> for LayerMut<'_, Pointers> {
+impl<'a> IntoSlices<'a> for LayerMut<'_, Pointers> {
     type Slices = LayerMut<'a, CpuBackend>;
 
-    unsafe fn as_slices(self) -> Self::Slices {
+    unsafe fn into_slices(self) -> Self::Slices {
         // SAFETY: the caller's; K and V do not overlap.
         unsafe { slices!(self as LayerMut { ; k, v, k_dynamic, v_dynamic }) }
     }
@@ -357,7 +357,7 @@ unsafe fn write_by_block<T: Element>(backend: &CpuBackend, op: CacheWrite<'_, Po
     let one_block = shape.spec.shape(1)?;
     let block_size = shape.spec.block_size as i64;
     // SAFETY: the caller's contract; these are only read.
-    let (key, value, slots) = unsafe { (op.key.as_slices(), op.value.as_slices(), op.slot_mapping.as_slices()) };
+    let (key, value, slots) = unsafe { (op.key.into_slices(), op.value.into_slices(), op.slot_mapping.into_slices()) };
     let mut local = Vec::with_capacity(shape.spec.block_size);
     let mut next = 0;
     while let Some(slot) = slots.get(next) {
@@ -380,14 +380,14 @@ unsafe fn write_by_block<T: Element>(backend: &CpuBackend, op: CacheWrite<'_, Po
         backend.cache_write(unsafe {
             CacheWrite {
                 shape: one_block,
-                cache: window.as_slices(),
+                cache: window.into_slices(),
                 key: &key[key_strides.token * token..],
                 key_strides,
                 value: &value[value_strides.token * token..],
                 value_strides,
                 slot_mapping: &local,
-                k_scale: op.k_scale.as_slices(),
-                v_scale: op.v_scale.as_slices(),
+                k_scale: op.k_scale.into_slices(),
+                v_scale: op.v_scale.into_slices(),
             }
         })?;
     }
