@@ -107,20 +107,36 @@ pub fn slot_of(case: &AttentionCase, s: usize, j: usize) -> Option<(usize, usize
     Some((block, j % case.geometry.block_size))
 }
 
-/// The dequantized value, exact but for f64.
-fn element(case: &AttentionCase, half: Half, (block, slot): (usize, usize), head: usize, d: usize) -> f64 {
-    let code = f64::from(case.layer.load(&case.geometry, half, (block, head, slot, d)));
-    if !quantized(case.geometry.format(half)) {
-        return code;
-    }
-    let scales = if half == Half::K { &case.k_scale } else { &case.v_scale };
-    let dynamic = case.layer.dynamic_scale(&case.geometry, half, (block, head, slot));
-    code * f64::from(scales.at(head, d)) * f64::from(dynamic)
+/// The keys and values of one sequence, dequantized exactly but for f64, `[positions, heads, dim]`;
+/// `None` for a position whose block is outside the cache.
+struct Dense {
+    positions: Vec<Option<(Vec<f64>, Vec<f64>)>>,
 }
 
-/// What query row `row` (position `p` of sequence `s`) must give for query head `h`; also whether
-/// it met a block outside the cache.
-pub fn attend(case: &AttentionCase, s: usize, sequence: Sequence, i: usize, h: usize) -> (Expected, bool) {
+impl Dense {
+    fn new(case: &AttentionCase, s: usize, len: usize) -> Self {
+        let row = |half: Half, (block, slot): (usize, usize)| {
+            let geometry = &case.geometry;
+            let scales = if half == Half::K { &case.k_scale } else { &case.v_scale };
+            let mut row = Vec::with_capacity(geometry.heads * geometry.dim(half));
+            for head in 0..geometry.heads {
+                let dynamic = f64::from(case.layer.dynamic_scale(geometry, half, (block, head, slot)));
+                for d in 0..geometry.dim(half) {
+                    let code = f64::from(case.layer.load(geometry, half, (block, head, slot, d)));
+                    let scale = if quantized(geometry.format(half)) { f64::from(scales.at(head, d)) } else { 1.0 };
+                    row.push(code * scale * dynamic);
+                }
+            }
+            row
+        };
+        let position = |j| slot_of(case, s, j).map(|slot| (row(Half::K, slot), row(Half::V, slot)));
+        Dense { positions: (0..len).map(position).collect() }
+    }
+}
+
+/// What query `i` of sequence `s` must give for query head `h`; also whether it met a block
+/// outside the cache.
+fn attend(case: &AttentionCase, dense: &Dense, sequence: Sequence, i: usize, h: usize) -> (Expected, bool) {
     let geometry = &case.geometry;
     let kv_head = h / (case.num_heads / geometry.heads);
     let p = sequence.len as i64 - sequence.queries as i64 + i as i64;
@@ -130,11 +146,11 @@ pub fn attend(case: &AttentionCase, s: usize, sequence: Sequence, i: usize, h: u
     let mut met_fault = false;
     let mut error = 0f64;
     for j in (0..sequence.len).filter(|&j| visible(case, p, j as i64)) {
-        let Some(slot) = slot_of(case, s, j) else {
+        let Some((k, v)) = &dense.positions[j] else {
             met_fault = true;
             continue;
         };
-        let products = q.iter().enumerate().map(|(d, q)| q * element(case, Half::K, slot, kv_head, d));
+        let products = q.iter().zip(&k[kv_head * geometry.k_dim..]).map(|(q, k)| q * k);
         let (dot, magnitude) = products.fold((0.0, 0.0), |(sum, abs), x| (sum + x, abs + x.abs()));
         let mut score = scale * dot;
         let mut bound = (geometry.k_dim as f64 + 8.0) * U * scale.abs() * magnitude;
@@ -146,20 +162,15 @@ pub fn attend(case: &AttentionCase, s: usize, sequence: Sequence, i: usize, h: u
         bound += 8.0 * U * (score.abs() + bias.abs());
         score += bias;
         error = error.max(bound);
-        keys.push((score, slot));
+        keys.push((score, &v[kv_head * geometry.v_dim..(kv_head + 1) * geometry.v_dim]));
     }
     let sink = case.sinks.as_ref().map(|sinks| f64::from(sinks[h]));
     error += 16.0 * U + sink.filter(|sink| sink.is_finite()).map_or(0.0, |sink| 8.0 * U * sink.abs());
-    (softmax(case, kv_head, &keys, sink, error), met_fault)
+    (softmax(case, &keys, sink, error), met_fault)
 }
 
-fn softmax(
-    case: &AttentionCase,
-    kv_head: usize,
-    keys: &[(f64, (usize, usize))],
-    sink: Option<f64>,
-    error: f64,
-) -> Expected {
+/// Weights and sums over (score, value row).
+fn softmax(case: &AttentionCase, keys: &[(f64, &[f64])], sink: Option<f64>, error: f64) -> Expected {
     let v_dim = case.geometry.v_dim;
     let max = keys.iter().map(|key| key.0).chain(sink).fold(f64::NEG_INFINITY, f64::max);
     if max == f64::NEG_INFINITY {
@@ -169,10 +180,9 @@ fn softmax(
     let n = keys.len() as f64;
     let denominator: f64 = keys.iter().map(|key| key.0).chain(sink).map(|score| (score - max).exp()).sum();
     let (mut out, mut magnitude) = (vec![0.0; v_dim], vec![0.0; v_dim]);
-    for (score, slot) in keys {
+    for (score, row) in keys {
         let weight = (score - max).exp() / denominator;
-        for d in 0..v_dim {
-            let v = element(case, Half::V, *slot, kv_head, d);
+        for (d, v) in row.iter().enumerate() {
             out[d] += weight * v;
             magnitude[d] += weight * v.abs();
         }
@@ -206,8 +216,9 @@ pub fn expect(case: &AttentionCase) -> AttentionExpectation {
             // A bad block that no query sees (behind a window) may set the fault or not.
             allowed = allowed.union(Faults::BLOCK_OUT_OF_RANGE);
         }
+        let dense = Dense::new(case, s, sequence.len);
         for (i, h) in (0..sequence.queries).flat_map(|i| (0..case.num_heads).map(move |h| (i, h))) {
-            let (want, met_fault) = attend(case, s, sequence, i, h);
+            let (want, met_fault) = attend(case, &dense, sequence, i, h);
             if met_fault {
                 owed = owed.union(Faults::BLOCK_OUT_OF_RANGE);
             }
