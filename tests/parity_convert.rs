@@ -1,0 +1,164 @@
+//! Dense conversions and the way from data to scales: `quantize`, `dequantize`, `absmax`,
+//! `update_scales`. All bit for bit.
+
+#[path = "../testing/oracle/mod.rs"]
+mod oracle;
+
+use oracle::formats::{bytes_of, same_stored, same_value};
+use oracle::geometry::Scales;
+use oracle::rows::{self, ConvertCase};
+use oracle::run::{self, cpu_backends};
+use oracle::strategy::{self, Padding, Rng, ScaleKind};
+use proptest::prelude::*;
+use quantkv::scale::Granularity;
+use quantkv::{Backend, DType, KvFormat};
+
+#[derive(Clone, Debug)]
+struct Parameters {
+    shape: (usize, usize, usize),
+    format: KvFormat,
+    dtype: DType,
+    scale: ScaleKind,
+    padding: Padding,
+    tail: usize,
+    seed: u64,
+}
+
+fn parameters() -> impl Strategy<Value = Parameters> {
+    let shape = (0usize..20, 1usize..6, strategy::head_dim());
+    let tail = prop_oneof![Just(0usize), Just(33)];
+    (shape, strategy::format(), strategy::dtype(), strategy::scale_kind(), strategy::padding(), tail, any::<u64>())
+        .prop_map(|(shape, format, dtype, scale, padding, tail, seed)| Parameters {
+            shape,
+            format,
+            dtype,
+            scale,
+            padding,
+            tail,
+            seed,
+        })
+}
+
+fn build(parameters: &Parameters) -> ConvertCase {
+    let Parameters { shape: (tokens, heads, dim), format, dtype, scale, padding, tail, seed } = *parameters;
+    let mut rng = Rng::new(seed);
+    let scale = strategy::scales(scale, heads, dim, || rng.any_scale());
+    let rows = strategy::rows((tokens, heads, dim), padding, dtype, || rng.any_activation());
+    let codes = (0..tokens * heads * dim * bytes_of(format) + tail).map(|_| rng.bits() as u8).collect();
+    ConvertCase { tokens, heads, dim, format, dtype, scale, rows, codes }
+}
+
+fn check<B: Backend>(backend: &B, case: &ConvertCase) -> Result<(), String> {
+    let size = bytes_of(case.format);
+    let (expected, got) = (rows::quantize(case), run::quantize(backend, case).map_err(|error| error.to_string())?);
+    for (at, (a, b)) in expected.chunks(size).zip(got.chunks(size)).enumerate() {
+        if a != b && !(a.len() == size && same_stored(case.format, a, b)) {
+            return Err(format!("code {at} is {b:02x?}, not {a:02x?}"));
+        }
+    }
+    let (expected, got) = (rows::dequantize(case), run::dequantize(backend, case).map_err(|error| error.to_string())?);
+    match (0..expected.data.len()).find(|&at| !same_value(expected.data[at], got.data[at])) {
+        Some(at) => Err(format!("value {at} is {:e}, not {:e}", got.data[at], expected.data[at])),
+        None => Ok(()),
+    }
+}
+
+proptest! {
+    #![proptest_config(strategy::config(192))]
+
+    #[test]
+    fn conversions_are_exact(parameters in parameters()) {
+        let case = build(&parameters);
+        for backend in cpu_backends() {
+            prop_assert_eq!(check(&backend, &case), Ok(()), "on {}", backend.isa());
+        }
+    }
+
+    #[test]
+    fn maxima_are_exact(
+        parameters in parameters(), seed in any::<u64>(), percent_seen in prop_oneof![Just(0u64), Just(50)],
+        granularity in prop::sample::select(vec![Granularity::Tensor, Granularity::Head, Granularity::Channel]),
+    ) {
+        let case = build(&parameters);
+        let mut rng = Rng::new(seed);
+        let shape = parameters.shape;
+        let len = match granularity {
+            Granularity::Tensor => 1,
+            Granularity::Head => shape.1,
+            Granularity::Channel => shape.1 * shape.2,
+        };
+        let running: Vec<f32> = (0..len).map(|_| if rng.chance(percent_seen) { rng.normal().abs() * 9.0 } else { 0.0 }).collect();
+        let expected = rows::absmax(&case.rows, shape, granularity, &running);
+        for backend in cpu_backends() {
+            let got = run::absmax(&backend, &case.rows, case.dtype, shape, granularity, &running).unwrap();
+            let bits = |all: &[f32]| all.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            prop_assert_eq!(bits(&got), bits(&expected), "on {}: {:?} {:?}", backend.isa(), got, expected);
+        }
+    }
+
+    #[test]
+    fn scales_follow_maxima(seed in any::<u64>(), len in 1usize..70, divisor in prop_oneof![Just(200f32), Just(100.0), Just(448.0), Just(1.0)]) {
+        let mut rng = Rng::new(seed);
+        const EDGES: [f32; 5] = [0.0, 1e-45, f32::MIN_POSITIVE, f32::MAX, 1.0];
+        let absmax: Vec<f32> =
+            (0..len).map(|_| if rng.chance(30) { EDGES[rng.below(5)] } else { rng.normal().abs() * 50.0 }).collect();
+        for backend in cpu_backends() {
+            let got = run::update_scales(&backend, &absmax, divisor).unwrap();
+            for (&x, &scale) in absmax.iter().zip(&got) {
+                prop_assert_eq!(scale, rows::update_scale(x, divisor), "absmax {:e} on {}", x, backend.isa());
+                prop_assert!(scale.is_finite() && scale > 0.0);
+            }
+        }
+    }
+}
+
+/// vLLM's first-batch rule: K / 200, V / 100, and 1.0 where nothing but zeros (or NaN) was seen.
+#[test]
+fn first_batch_scales() {
+    let shape = (3, 2, 4);
+    for (rows, expected) in [
+        (vec![0.0, -6.0, 2.0, 1.0], 6.0 / 200.0),
+        (vec![0.0, -0.0, 0.0, 0.0], 1.0),
+        (vec![f32::NAN, 0.0, f32::NAN, -0.0], 1.0),
+        (vec![f32::NEG_INFINITY, 0.0, 1.0, 2.0], f32::MAX / 200.0),
+    ] {
+        let mut next = rows.iter().cycle();
+        let rows = strategy::rows(shape, (0, 0, 0), DType::F32, || *next.next().unwrap());
+        for backend in cpu_backends() {
+            let maxima = run::absmax(&backend, &rows, DType::F32, shape, Granularity::Tensor, &[0.0]).unwrap();
+            assert_eq!(run::update_scales(&backend, &maxima, 200.0).unwrap(), [expected], "{}", backend.isa());
+        }
+    }
+}
+
+/// vLLM's `test_fp8_e4m3_conversion`: uniform in ±224 to codes and back with scale 1 is within
+/// half a step, 1/16 of the value, or half the smallest subnormal.
+#[test]
+fn vllm_round_trip_error() {
+    let mut rng = Rng::new(21);
+    for (format, relative, absolute) in [
+        (KvFormat::Fp8E4M3, 1.0 / 16.0, 2f32.powi(-10)),
+        (KvFormat::Fp8E5M2, 1.0 / 8.0, 2f32.powi(-17)),
+        (KvFormat::Fp8E4M3Fnuz, 1.0 / 16.0, 2f32.powi(-11)),
+    ] {
+        let shape = (64, 4, 16);
+        let rows = strategy::rows(shape, (0, 0, 0), DType::F16, || rng.unit() * 224.0);
+        let mut case = ConvertCase {
+            tokens: 64,
+            heads: 4,
+            dim: 16,
+            format,
+            dtype: DType::F16,
+            scale: Scales::tensor(1.0),
+            codes: vec![0; 64 * 64],
+            rows: rows.clone(),
+        };
+        for backend in cpu_backends() {
+            case.codes = run::quantize(&backend, &case).unwrap();
+            let back = run::dequantize(&backend, &case).unwrap();
+            for (x, y) in rows.data.iter().zip(&back.data) {
+                assert!((x - y).abs() <= (x.abs() * relative).max(absolute), "{format}: {x} became {y}");
+            }
+        }
+    }
+}
