@@ -265,6 +265,8 @@ impl CacheSpec {
     /// What [`CacheSpec::validate`] refuses; [`Error::Zero`]; [`Error::Unsupported`] for more
     /// blocks than an `i32` block table can name; [`Error::Overflow`].
     pub fn shape(&self, num_blocks: usize) -> Result<CacheShape> {
+        // Before the address maps: their products must not overflow.
+        self.validate()?;
         let shape =
             CacheShape { spec: *self, num_blocks, k_map: self.address_map(Half::K), v_map: self.address_map(Half::V) };
         shape.validate()?;
