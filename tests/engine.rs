@@ -10,6 +10,7 @@ use quantkv::decoder::kv_scales::{KvScales, ScaleSource, resolve};
 use quantkv::decoder::sampling::SamplingParams;
 use quantkv::decoder::tokenizer::Tokenizer;
 use quantkv::decoder::{Config, Model};
+use quantkv::scale::LayerScales;
 use quantkv::{CpuBackend, KvFormat};
 use serde_json::Value;
 
@@ -103,14 +104,18 @@ fn batched_greedy_tokens_are_the_golden_ones() {
 
 #[test]
 fn every_kv_mode_alone_and_batched() {
-    for (mode, format, source) in [
-        ("none", KvFormat::F32, ScaleSource::Checkpoint),
-        ("e4m3_cal", KvFormat::Fp8E4M3, ScaleSource::Checkpoint),
-        ("e5m2_one", KvFormat::Fp8E5M2, ScaleSource::Checkpoint),
+    for (mode, format) in [
+        ("none", KvFormat::F32),
+        ("e4m3_cal", KvFormat::Fp8E4M3),
+        ("e4m3_one", KvFormat::Fp8E4M3),
+        ("e5m2_one", KvFormat::Fp8E5M2),
     ] {
         let golden = golden_tokens(mode);
         let mut model = model();
-        let scales = scales(&model, format, source);
+        let mut scales = scales(&model, format, ScaleSource::Checkpoint);
+        if mode == "e4m3_one" {
+            scales.layers = vec![LayerScales::one(); 4];
+        }
         let config = EngineConfig { format, ..roomy() };
         for (request, expected) in greedy_requests().into_iter().zip(&golden) {
             let mut engine = Engine::new(&mut model, None, config, &scales).unwrap();
@@ -147,8 +152,11 @@ fn first_batch_scales_are_the_golden_ones() {
             let got = engine.cache().scales(layer).unwrap();
             for (got, expected) in [(got.k.get(0, 0), &expected[0]), (got.v.get(0, 0), &expected[1])] {
                 let expected = expected.as_f64().unwrap();
-                // A maximum of f32 activations: 1e-5 relative covers another order of summation.
-                assert!((f64::from(got) - expected).abs() <= 1e-5 * expected, "layer {layer}: {got} {expected}");
+                // Before the first cache sums differ in their order only. After it a key that lies
+                // between two codes may have fallen to the other one, 2^-4 of itself away, and one
+                // of the 160 or fewer keys and values a maximum is made of moves with it.
+                let tolerance = if layer == 0 { 1e-5 } else { 1.0 / 16.0 / 16.0 };
+                assert!((f64::from(got) - expected).abs() <= tolerance * expected, "layer {layer}: {got} {expected}");
             }
         }
     }

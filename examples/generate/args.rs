@@ -20,7 +20,7 @@ pub struct Args {
     pub prompt: Vec<String>,
 
     /// Prompt as token ids, such as 0,349,342; may be given several times
-    #[arg(long, value_name = "IDS", value_parser = token_ids)]
+    #[arg(long, value_name = "IDS", value_parser = token_ids, allow_negative_numbers = true)]
     pub prompt_ids: Vec<TokenIds>,
 
     /// File with one prompt a line; empty lines are skipped
@@ -32,27 +32,27 @@ pub struct Args {
     pub chat: bool,
 
     /// Tokens to generate at most [default: generation_config.json's max_new_tokens, else 128]
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = positive, allow_negative_numbers = true)]
     pub max_tokens: Option<usize>,
 
     /// Softmax temperature; 0 is greedy [default: the model's, if it samples, else 0]
-    #[arg(long, value_name = "T")]
+    #[arg(long, value_name = "T", allow_negative_numbers = true)]
     pub temperature: Option<f32>,
 
     /// Keep the smallest set of tokens with this probability [default: the model's, else 1]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub top_p: Option<f32>,
 
     /// Keep the K most likely tokens; 0 keeps all [default: the model's, else 0]
-    #[arg(long, value_name = "K")]
+    #[arg(long, value_name = "K", allow_negative_numbers = true)]
     pub top_k: Option<usize>,
 
     /// Keep tokens at least this share as likely as the likeliest [default: the model's, else 0]
-    #[arg(long, value_name = "P")]
+    #[arg(long, value_name = "P", allow_negative_numbers = true)]
     pub min_p: Option<f32>,
 
     /// Penalty of tokens in prompt and output; 1 is none [default: the model's, else 1]
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", allow_negative_numbers = true)]
     pub repetition_penalty: Option<f32>,
 
     /// Penalty of a generated token for each time it was generated
@@ -64,11 +64,11 @@ pub struct Args {
     pub presence_penalty: f32,
 
     /// Key of the random generator; the same seed gives the same text
-    #[arg(long, value_name = "S", default_value_t = 0)]
+    #[arg(long, value_name = "S", default_value_t = 0, allow_negative_numbers = true)]
     pub seed: u64,
 
     /// Samples per prompt; they share the prompt's blocks
-    #[arg(long, value_name = "N", default_value = "1", value_parser = positive)]
+    #[arg(long, value_name = "N", default_value = "1", value_parser = positive, allow_negative_numbers = true)]
     pub n: usize,
 
     /// End a sample at this text, which is not printed; may be given several times
@@ -96,19 +96,19 @@ pub struct Args {
     pub device: String,
 
     /// Tokens in a block of the cache: a power of two from 8 to 256
-    #[arg(long, value_name = "B", default_value_t = 16)]
+    #[arg(long, value_name = "B", default_value_t = 16, allow_negative_numbers = true)]
     pub block_size: usize,
 
     /// Blocks in the cache
-    #[arg(long, value_name = "N", value_parser = positive)]
+    #[arg(long, value_name = "N", value_parser = positive, allow_negative_numbers = true)]
     pub num_blocks: Option<usize>,
 
     /// Memory for the cache, such as 64MiB, 1GiB, 500MB or bytes [default: 64MiB]
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(long, value_name = "SIZE", value_parser = size, allow_negative_numbers = true)]
     pub kv_memory: Option<usize>,
 
     /// Blocks in host memory for preempted sequences [default: 64MiB of them, at most the cache's]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub swap_blocks: Option<usize>,
 
     /// Do not share the blocks of common prompt beginnings
@@ -116,7 +116,7 @@ pub struct Args {
     pub no_prefix_sharing: bool,
 
     /// Prompt tokens computed in one step
-    #[arg(long, value_name = "N", default_value = "512", value_parser = positive)]
+    #[arg(long, value_name = "N", default_value = "512", value_parser = positive, allow_negative_numbers = true)]
     pub max_prefill_tokens: usize,
 
     /// Print one JSON object instead of text

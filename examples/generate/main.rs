@@ -1,0 +1,154 @@
+//! Text from a Hugging Face model through a quantized paged KV cache, and what the cache cost.
+//!
+//! ```text
+//! cargo run --release --example generate
+//! cargo run --release --example generate -- --model DIR --prompt "Once" --kv-cache-dtype fp8_e5m2
+//! cargo run --release --example generate -- --compare
+//! ```
+//! `args.rs` is the command line, `setup.rs` what is loaded and how it is run, `print.rs` text and
+//! tables, `report.rs` the JSON object. Any error is one line on stderr and exit code 2.
+
+mod args;
+mod print;
+mod report;
+mod setup;
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use quantkv::KvCacheDtype;
+use quantkv::decoder::Engine;
+
+use args::Args;
+use print::Printer;
+use report::RunReport;
+use setup::Session;
+
+/// Why the program ends early.
+pub enum Failure {
+    /// Something the user can put right.
+    User(String),
+    /// Standard output is gone.
+    Output(io::Error),
+}
+
+impl From<quantkv::Error> for Failure {
+    fn from(error: quantkv::Error) -> Self {
+        Failure::User(error.to_string())
+    }
+}
+
+impl From<io::Error> for Failure {
+    fn from(error: io::Error) -> Self {
+        Failure::Output(error)
+    }
+}
+
+fn main() -> ExitCode {
+    let result = match args::parse() {
+        Ok(args) => run(&args),
+        Err(Ok(help)) => write!(io::stdout(), "{help}").map_err(Failure::Output),
+        Err(Err(message)) => Err(Failure::User(message)),
+    };
+    let message = match result {
+        Ok(()) => return ExitCode::SUCCESS,
+        // The reader has seen enough.
+        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
+        Err(Failure::Output(error)) => format!("cannot write to standard output: {error}"),
+        Err(Failure::User(message)) => message,
+    };
+    note("error", &message);
+    ExitCode::from(2)
+}
+
+/// One line on stderr, whatever the message holds.
+fn note(kind: &str, message: &str) {
+    let line: Vec<&str> = message.split_whitespace().collect();
+    // Nowhere to complain to if stderr is closed.
+    let _ = writeln!(io::stderr(), "{kind}: {}", line.join(" "));
+}
+
+fn run(args: &Args) -> Result<(), Failure> {
+    let spinner = progress(None);
+    let session = Session::load(args);
+    spinner.finish_and_clear();
+    let mut session = session?;
+
+    if args.compare {
+        let formats = ["auto", "fp8_e4m3", "fp8_e5m2"];
+        let mut runs = Vec::new();
+        for name in formats {
+            let mut silent = Printer::silent();
+            runs.push(generate(args, &mut session, name, &mut silent)?);
+        }
+        let mut out = io::stdout().lock();
+        return match args.json {
+            true => writeln!(out, "{}", report::compare_json(&session, &runs)).map_err(Failure::Output),
+            false => print::compare_table(&mut out, &session, &runs).map_err(Failure::Output),
+        };
+    }
+
+    let name = args.kv_cache_dtype.as_str();
+    let mut printer = if args.json { Printer::silent() } else { Printer::new(&session, args.n) };
+    let report = generate(args, &mut session, name, &mut printer)?;
+    let mut out = io::stdout().lock();
+    match args.json {
+        true => writeln!(out, "{}", report::json(&session, &report))?,
+        false => print::closing_table(&mut out, &session, &report)?,
+    }
+    Ok(out.flush()?)
+}
+
+/// Runs all prompts through one cache.
+fn generate(args: &Args, session: &mut Session, dtype: &str, printer: &mut Printer) -> Result<RunReport, Failure> {
+    let dtype: KvCacheDtype = dtype.parse()?;
+    let plan = session.plan(args, dtype)?;
+    let requests = session.requests(args)?;
+    let prompt_tokens: usize = requests.iter().map(|request| request.prompt.len()).sum();
+
+    let mut engine = Engine::new(&mut session.model, session.tokenizer.clone(), plan.engine, &plan.scales)?;
+    for (number, request) in requests.into_iter().enumerate() {
+        engine.add_request(request).map_err(|error| setup::explain(number, session.prompts.len(), error))?;
+    }
+    // Not before: a refused request is to be the only line.
+    let warnings = std::mem::take(&mut session.notes).into_iter().chain(plan.scales.warnings.iter().cloned());
+    warnings.for_each(|text| note("warning", &text));
+    let bar = progress(Some(prompt_tokens).filter(|tokens| *tokens > args.max_prefill_tokens));
+    while engine.has_work() {
+        let mut written = Ok(());
+        engine.step(|event| {
+            if !bar.is_finished() && !printer.is_silent() {
+                bar.finish_and_clear();
+            }
+            if written.is_ok() {
+                written = printer.event(&event);
+            }
+        })?;
+        written?;
+        let stats = engine.stats();
+        bar.set_position((stats.prefill_tokens + stats.shared_tokens) as u64);
+    }
+    bar.finish_and_clear();
+    printer.finish()?;
+    Ok(RunReport::new(&engine, dtype, &plan, session.prompts.len())?)
+}
+
+/// A bar over `total` prompt tokens, or a spinner for loading; neither unless stderr is a terminal.
+fn progress(total: Option<usize>) -> ProgressBar {
+    if !io::stderr().is_terminal() {
+        return ProgressBar::hidden();
+    }
+    match total {
+        Some(total) => {
+            let style = ProgressStyle::with_template("prefill {bar:40} {pos}/{len} tokens");
+            ProgressBar::new(total as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        }
+        None => {
+            let spinner = ProgressBar::new_spinner().with_message("loading the model");
+            spinner.enable_steady_tick(Duration::from_millis(100));
+            spinner
+        }
+    }
+}

@@ -1,0 +1,412 @@
+//! The `generate` example as a program: what it prints, as text and as JSON, and that whatever is
+//! wrong with its arguments or its model ends in one line on stderr and exit code 2.
+//!
+//! `cargo test` builds the examples beside the tests (`target/PROFILE/examples`); run alone,
+//! `cargo test --test cli_generate` uses the one built last, or builds it if there is none.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::sync::OnceLock;
+
+use serde_json::Value;
+
+const ANSWER: &str = "Tom's silver coin is in the quiet garden.";
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+fn generate() -> Command {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    let program = PROGRAM.get_or_init(|| {
+        let exe = std::env::current_exe().unwrap();
+        let profile = exe.parent().and_then(Path::parent).unwrap();
+        let name = format!("generate{}", std::env::consts::EXE_SUFFIX);
+        let program = profile.join("examples").join(name);
+        if !program.exists() {
+            let mut cargo = Command::new(env!("CARGO"));
+            cargo.current_dir(root()).args(["build", "--example", "generate", "--target-dir"]);
+            cargo.arg(profile.parent().unwrap());
+            if profile.ends_with("release") {
+                cargo.arg("--release");
+            }
+            assert!(cargo.status().unwrap().success(), "the example could not be built");
+        }
+        program
+    });
+    let mut command = Command::new(program);
+    command.current_dir(root()).stdin(Stdio::null());
+    command
+}
+
+fn micro() -> String {
+    root().join("tests/fixtures/micro/llmcompressor-tiny-f32").display().to_string()
+}
+
+fn run(args: &[&str]) -> Output {
+    generate().args(args).output().unwrap()
+}
+
+/// Standard output of a run that must succeed, and its standard error.
+fn text(args: &[&str]) -> (String, String) {
+    let output = run(args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{args:?}: {stderr}");
+    (String::from_utf8(output.stdout).unwrap(), stderr)
+}
+
+fn json(args: &[&str]) -> (Value, String) {
+    let (stdout, stderr) = text(&[args, &["--json"]].concat());
+    assert_eq!(stdout.trim_end().lines().count(), 1, "one object on one line");
+    (serde_json::from_str(&stdout).unwrap(), stderr)
+}
+
+fn golden() -> Value {
+    serde_json::from_str(&fs::read_to_string(Path::new(&micro()).join("golden.json")).unwrap()).unwrap()
+}
+
+/// The golden prompts as `--prompt-ids` flags.
+fn prompt_flags(golden: &Value) -> Vec<[String; 2]> {
+    let join = |ids: &Value| ids.as_array().unwrap().iter().map(Value::to_string).collect::<Vec<_>>().join(",");
+    golden["ids"].as_array().unwrap().iter().map(|ids| ["--prompt-ids".to_owned(), join(ids)]).collect()
+}
+
+fn temp_dir(name: &str) -> PathBuf {
+    let dir = std::env::temp_dir().join(format!("quantkv-cli-{}-{name}", std::process::id()));
+    let _ = fs::remove_dir_all(&dir);
+    fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+#[test]
+fn without_arguments_it_recalls_and_shows_the_cost() {
+    let (stdout, stderr) = text(&[]);
+    assert!(stdout.contains(&format!("Where is Tom's coin? {ANSWER}")), "{stdout}");
+    for row in ["prefill", "decode", "tokens/s", "KV bytes per token", "50.0 % of auto", "65536 tokens", "copied"] {
+        assert!(stdout.contains(row), "{row}: {stdout}");
+    }
+    // Not a terminal: no bars, no escape sequences; the bundled model carries no scales.
+    assert_eq!(stderr.lines().count(), 1, "{stderr}");
+    assert!(stderr.starts_with("warning: ") && stderr.contains("no KV scales"), "{stderr}");
+    assert!(!stderr.contains('\x1b') && !stdout.contains('\x1b'));
+}
+
+#[test]
+fn json_has_the_documented_fields() {
+    let (object, _) = json(&[]);
+    let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+    assert_eq!(keys(&object), ["model", "device", "kv_cache_dtype", "requests", "kv_cache", "timing"]);
+    assert!(object["model"].as_str().unwrap().ends_with("models/tales-3m"));
+    assert_eq!((object["device"].as_str(), object["kv_cache_dtype"].as_str()), (Some("cpu"), Some("fp8_e4m3")));
+    let request = &object["requests"][0];
+    assert_eq!(keys(request), ["prompt", "prompt_token_ids", "outputs"]);
+    assert!(request["prompt"].as_str().unwrap().ends_with("Where is Tom's coin?"));
+    assert_eq!(request["prompt_token_ids"].as_array().unwrap().len(), 35);
+    let output = &request["outputs"][0];
+    assert_eq!(keys(output), ["token_ids", "text", "finish_reason"]);
+    assert!(output["text"].as_str().unwrap().starts_with(&format!(" {ANSWER}")));
+    assert_eq!(output["finish_reason"], "stop");
+    assert!(output["token_ids"].as_array().unwrap().iter().all(Value::is_u64));
+    let cache = &object["kv_cache"];
+    let counts = [
+        "bytes_per_token",
+        "bytes_per_token_auto",
+        "blocks_total",
+        "blocks_peak",
+        "blocks_copied",
+        "blocks_swapped_out",
+        "blocks_swapped_in",
+    ];
+    assert_eq!(keys(cache), [&counts[..], &["k_scale", "v_scale"]].concat());
+    assert!(counts.iter().all(|name| cache[*name].is_u64()));
+    assert_eq!((cache["bytes_per_token"].as_u64(), cache["bytes_per_token_auto"].as_u64()), (Some(1024), Some(2048)));
+    assert_eq!(cache["k_scale"], serde_json::json!([[1.0], [1.0], [1.0], [1.0]]));
+    let timing = &object["timing"];
+    assert_eq!(keys(timing), ["prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds"]);
+    assert_eq!(timing["prefill_tokens"], 35);
+    assert!(timing["prefill_seconds"].is_f64() && timing["decode_seconds"].is_f64());
+}
+
+#[test]
+fn golden_tokens_in_every_kv_mode() {
+    let (golden, model) = (golden(), micro());
+    let dir = temp_dir("scales");
+    let ones = dir.join("ones.json").display().to_string();
+    let layers = r#"{"0": 1.0, "1": 1.0, "2": 1.0, "3": 1.0}"#;
+    let file = format!(
+        r#"{{"model_type": "llama", "kv_cache": {{"dtype": "float8_e4m3fn", "scaling_factor": {{"0": {layers}}}}}}}"#
+    );
+    fs::write(&ones, file).unwrap();
+    for (mode, flags, warning) in [
+        ("none", &["--kv-cache-dtype", "auto"][..], "carries KV scales"),
+        ("e4m3_cal", &[], ""),
+        ("e4m3_cal", &["--kv-cache-dtype", "fp8_e4m3"], ""),
+        ("e4m3_one", &["--scales-file", &ones], ""),
+        ("e5m2_one", &["--kv-cache-dtype", "fp8_e5m2"], "ignores them"),
+    ] {
+        let prompts = prompt_flags(&golden);
+        let mut args = vec!["--model", &model, "--max-tokens", "24", "--ignore-eos"];
+        args.extend(flags);
+        args.extend(prompts.iter().flatten().map(String::as_str));
+        let (object, stderr) = json(&args);
+        for (request, case) in
+            object["requests"].as_array().unwrap().iter().zip(golden["modes"][mode].as_array().unwrap())
+        {
+            assert_eq!(request["outputs"][0]["token_ids"], case["new_ids"], "{mode}");
+        }
+        assert_eq!(object["requests"].as_array().unwrap().len(), 5);
+        assert_eq!(stderr.lines().count(), usize::from(!warning.is_empty()), "{mode}: {stderr}");
+        assert!(stderr.contains(warning), "{mode}: {stderr}");
+        if mode == "e4m3_cal" {
+            assert_eq!(object["kv_cache"]["k_scale"], golden["k_scale"]);
+            assert_eq!(object["kv_cache"]["v_scale"], golden["v_scale"]);
+        }
+    }
+    for (prompt, case) in prompt_flags(&golden).iter().zip(golden["modes"]["e4m3_fly"].as_array().unwrap()) {
+        let args =
+            ["--model", &model, "--max-tokens", "24", "--ignore-eos", "--calculate-kv-scales", &prompt[0], &prompt[1]];
+        let (object, _) = json(&args);
+        assert_eq!(object["requests"][0]["outputs"][0]["token_ids"], case["new_ids"]);
+        assert_ne!(object["kv_cache"]["k_scale"], golden["k_scale"]);
+    }
+    fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn chats_are_rendered_by_the_template() {
+    let path = root().join("tests/fixtures/tokenizer/tokenizer_golden.json");
+    let golden: Value = serde_json::from_str(&fs::read_to_string(path).unwrap()).unwrap();
+    let case = &golden["chat"][1];
+    assert_eq!(case["add_generation_prompt"], true);
+    let prompt = case["messages"][0]["content"].as_str().unwrap();
+    let (object, _) = json(&["--model", &micro(), "--chat", "--prompt", prompt, "--max-tokens", "1"]);
+    assert_eq!(object["requests"][0]["prompt_token_ids"], case["ids"]);
+    assert_eq!(object["requests"][0]["prompt"], case["text"]);
+}
+
+#[test]
+fn samples_are_seeded_and_share_the_prompt() {
+    let model = micro();
+    let args =
+        |seed| ["--model", &model, "--prompt", "The small cat", "--temperature", "1.1", "--n", "3", "--seed", seed];
+    let (first, _) = json(&args("5"));
+    let outputs = |object: &Value| object["requests"][0]["outputs"].clone();
+    assert_eq!(outputs(&first), outputs(&json(&args("5")).0));
+    assert_ne!(outputs(&first), outputs(&json(&args("6")).0));
+    assert_ne!(first["requests"][0]["outputs"][0], first["requests"][0]["outputs"][1]);
+    assert_eq!(first["kv_cache"]["blocks_copied"], 2);
+    let (stdout, _) = text(&args("5"));
+    for sample in 0..3 {
+        let text = outputs(&first)[sample]["text"].as_str().unwrap().to_owned();
+        assert!(stdout.contains(&format!("[sample {}]{text}", sample + 1)), "{stdout}");
+    }
+}
+
+#[test]
+fn stop_texts_and_files_of_prompts() {
+    let (object, _) = json(&["--prompt", "Mia's brass key is in the dark barn. Where is Mia's key?", "--stop", "barn"]);
+    let output = &object["requests"][0]["outputs"][0];
+    assert_eq!(
+        (output["text"].as_str(), output["finish_reason"].as_str()),
+        (Some(" Mia's brass key is in the dark "), Some("stop"))
+    );
+    let dir = temp_dir("prompts");
+    let file = dir.join("prompts.txt").display().to_string();
+    fs::write(&file, "Tom's old map is in the cold mill. Where is Tom's map?\r\n\nIda's red bell is in the tall well. Where is Ida's bell?\n").unwrap();
+    let (stdout, _) = text(&["--prompts-file", &file, "--stop", "."]);
+    assert!(stdout.contains("[prompt 1]") && stdout.contains("[prompt 2]"), "{stdout}");
+    assert!(
+        stdout.contains("Tom's old map is in the cold mill\n") && stdout.contains("in the tall well\n"),
+        "{stdout}"
+    );
+    fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn few_blocks_swap_and_change_nothing() {
+    let (golden, model) = (golden(), micro());
+    let prompts = prompt_flags(&golden);
+    let mut args = vec!["--model", &model, "--max-tokens", "40", "--ignore-eos", "--block-size", "8", "--n", "2"];
+    args.extend(["--temperature", "1.2"]);
+    args.extend(prompts[..3].iter().flatten().map(String::as_str));
+    let (roomy, _) = json(&args);
+    args.extend(["--num-blocks", "7", "--swap-blocks", "40"]);
+    let (tight, _) = json(&args);
+    assert_eq!(tight["requests"], roomy["requests"]);
+    let count = |object: &Value, name: &str| object["kv_cache"][name].as_u64().unwrap();
+    assert_eq!(count(&roomy, "blocks_swapped_out"), 0);
+    assert!(count(&tight, "blocks_swapped_out") > 0);
+    assert_eq!(count(&tight, "blocks_swapped_in"), count(&tight, "blocks_swapped_out"));
+    assert_eq!((count(&tight, "blocks_total"), count(&tight, "blocks_peak") <= 7), (7, true));
+}
+
+#[test]
+fn compare_puts_the_dtypes_side_by_side() {
+    let (stdout, _) = text(&["--compare", "--max-tokens", "8"]);
+    let column = |row: &str, n: usize| row.split("  ").filter(|c| !c.is_empty()).nth(n).unwrap().trim().to_owned();
+    for (dtype, bytes) in [("auto", "2048"), ("fp8_e4m3", "1024"), ("fp8_e5m2", "1024")] {
+        let row = stdout.lines().find(|line| line.starts_with(dtype)).unwrap();
+        assert_eq!(column(row, 1), bytes, "{row}");
+        assert!(row.contains("Tom's silver coin"), "{row}");
+    }
+    assert!(stdout.contains("first divergence") && stdout.contains("tok/s"), "{stdout}");
+    let (object, _) = json(&[
+        "--compare",
+        "--model",
+        &micro(),
+        "--prompt-ids",
+        "0,349,342,354,422,261,326,387,18",
+        "--max-tokens",
+        "24",
+        "--ignore-eos",
+    ]);
+    let runs = object["compare"].as_array().unwrap();
+    let names: Vec<&str> = runs.iter().map(|run| run["kv_cache_dtype"].as_str().unwrap()).collect();
+    assert_eq!(names, ["auto", "fp8_e4m3", "fp8_e5m2"]);
+    let golden = golden();
+    let expected = |mode: &str| &golden["modes"][mode][0]["new_ids"];
+    for (run, mode) in runs.iter().zip(["none", "e4m3_cal", "e5m2_one"]) {
+        assert_eq!(&run["requests"][0]["outputs"][0]["token_ids"], expected(mode));
+        let (a, b) = (expected(mode).as_array().unwrap(), expected("none").as_array().unwrap());
+        let divergence = a.iter().zip(b).position(|(x, y)| x != y);
+        assert_eq!(run["first_divergence"][0][0].as_u64(), divergence.map(|at| at as u64), "{mode}");
+    }
+}
+
+#[test]
+fn what_is_wrong_is_one_line_and_exit_code_2() {
+    let dir = temp_dir("hostile");
+    let empty = dir.join("empty");
+    fs::create_dir_all(&empty).unwrap();
+    let broken = |name: &str, file: &str, content: &[u8]| {
+        let copy = dir.join(name);
+        fs::create_dir_all(&copy).unwrap();
+        for entry in fs::read_dir(micro()).unwrap() {
+            let entry = entry.unwrap();
+            fs::copy(entry.path(), copy.join(entry.file_name())).unwrap();
+        }
+        fs::write(copy.join(file), content).unwrap();
+        copy.display().to_string()
+    };
+    let config = fs::read_to_string(Path::new(&micro()).join("config.json")).unwrap();
+    let weights = fs::read(Path::new(&micro()).join("model.safetensors")).unwrap();
+    let other_rope = config.replace("\"llama3\"", "\"longrope\"");
+    let models = [
+        (empty.display().to_string(), "config.json"),
+        (dir.join("nowhere").display().to_string(), "config.json"),
+        (broken("json", "config.json", b"{\"model_type\": "), "config.json"),
+        (broken("rope", "config.json", other_rope.as_bytes()), "longrope"),
+        (broken("cut", "model.safetensors", &weights[..weights.len() / 2]), "model.safetensors"),
+        (broken("nothing", "model.safetensors", b""), "model.safetensors"),
+        (broken("header", "model.safetensors", &[0xFF; 64]), "model.safetensors"),
+        (broken("tokenizer", "tokenizer.json", b"[]"), "tokenizer.json"),
+        (broken("generation", "generation_config.json", b"{\"eos_token_id\": \"x\"}"), "eos_token_id"),
+        (broken("eos", "generation_config.json", b"[[[["), "generation_config.json"),
+    ];
+    let mut cases: Vec<(Vec<&str>, &str)> =
+        models.iter().map(|(dir, expected)| (vec!["--model", dir, "--prompt", "x"], *expected)).collect();
+    let template = broken("template", "chat_template.jinja", b"{% for %}");
+    let refusing = broken("refusing", "chat_template.jinja", b"{{ raise_exception('no chats\nhere') }}");
+    let model = micro();
+    let long = vec!["7"; 512].join(",");
+    let no_file = dir.join("none.txt").display().to_string();
+    let bad_scales = dir.join("scales.json").display().to_string();
+    fs::write(&bad_scales, "{\"kv_cache\": {\"dtype\": \"float8_e4m3fn\", \"scaling_factor\": {\"0\": {\"0\": -1}}}}")
+        .unwrap();
+    let blank = dir.join("blank.txt").display().to_string();
+    fs::write(&blank, "\n \n").unwrap();
+    let latin1 = dir.join("latin1.txt").display().to_string();
+    fs::write(&latin1, b"caf\xe9\n").unwrap();
+    cases.extend([
+        (vec!["--model", &template, "--chat", "--prompt", "x"], "chat_template.jinja"),
+        (vec!["--model", &refusing, "--chat", "--prompt", "x"], "no chats here"),
+        (vec!["--model", &model], "--prompt"),
+        (vec!["--chat"], "chat template"),
+        (vec!["--model", &model, "--prompt-ids", "512"], "token id 512"),
+        (vec!["--model", &model, "--prompt-ids", &long], "512 positions"),
+        (vec!["--prompt-ids", "1,x"], "\"x\" is not a token id"),
+        (vec!["--prompt-ids", ""], "is not a token id"),
+        (vec!["--prompt-ids", "-1"], "--prompt-ids"),
+        (vec!["--prompts-file", &no_file], "none.txt"),
+        (vec!["--prompts-file", &blank], "no prompts"),
+        (vec!["--prompts-file", &latin1], "latin1.txt"),
+        (vec!["--prompt", "x", "--prompt-ids", "1"], "cannot be used with"),
+        (vec!["--no-such-flag"], "--no-such-flag"),
+        (vec!["stray"], "stray"),
+        (vec!["--device", "cuda"], "cpu"),
+        (vec!["--kv-cache-dtype", "int3"], "fp8_e5m2"),
+        (vec!["--max-tokens", "0"], "at least 1"),
+        (vec!["--max-tokens", "-3"], "--max-tokens"),
+        (vec!["--max-tokens"], "--max-tokens"),
+        (vec!["--n", "0"], "at least 1"),
+        (vec!["--n", "many"], "whole number"),
+        (vec!["--temperature", "hot"], "--temperature"),
+        (vec!["--temperature", "nan"], "temperature"),
+        (vec!["--temperature", "inf"], "temperature"),
+        (vec!["--top-p", "1.5"], "top_p"),
+        (vec!["--min-p", "2"], "min_p"),
+        (vec!["--repetition-penalty", "0"], "repetition_penalty"),
+        (vec!["--seed", "1.5"], "--seed"),
+        (vec!["--stop", ""], "stop"),
+        (vec!["--num-blocks", "0"], "at least 1"),
+        (vec!["--num-blocks", "2"], "the cache has 2"),
+        (vec!["--num-blocks", "99999999999999"], "--num-blocks"),
+        (vec!["--num-blocks", "18446744073709551615"], "--num-blocks"),
+        (vec!["--kv-memory", "100"], "holds no block"),
+        (vec!["--kv-memory", "12QB"], "64MiB"),
+        (vec!["--kv-memory", "-1"], "--kv-memory"),
+        (vec!["--kv-memory", "1e300"], "64MiB"),
+        (vec!["--kv-memory", "99999TiB"], "--kv-memory"),
+        (vec!["--kv-memory", "1GiB", "--num-blocks", "4"], "cannot be used with"),
+        (vec!["--block-size", "12"], "block size"),
+        (vec!["--block-size", "0"], "block size"),
+        (vec!["--max-prefill-tokens", "0"], "at least 1"),
+        (vec!["--scales-file", &no_file], "none.txt"),
+        (vec!["--scales-file", &bad_scales], "scales.json"),
+        (vec!["--scales-file", &bad_scales, "--calculate-kv-scales"], "cannot be used with"),
+    ]);
+    for (args, expected) in cases {
+        let output = run(&args);
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{args:?}: {stderr}");
+        assert!(stderr.starts_with("error: ") && stderr.contains(expected), "{args:?}: {stderr}");
+        assert!(output.stdout.is_empty(), "{args:?}");
+    }
+    fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_panic() {
+    let mut child = generate()
+        .args(["--n", "4", "--max-tokens", "200", "--ignore-eos"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(0), "{stderr}");
+    assert!(!stderr.contains("panicked"), "{stderr}");
+}
+
+#[test]
+fn help_and_version_are_on_standard_output() {
+    let (help, stderr) = text(&["--help"]);
+    assert!(stderr.is_empty());
+    for flag in [
+        "--model",
+        "--prompt-ids",
+        "--prompts-file",
+        "--chat",
+        "--kv-cache-dtype",
+        "--calculate-kv-scales",
+        "--compare",
+        "--json",
+    ] {
+        assert!(help.contains(flag), "{flag}");
+    }
+    assert!(text(&["--version"]).0.contains(env!("CARGO_PKG_VERSION")));
+}
