@@ -393,6 +393,8 @@ fn sharing_copying_and_evicting_by_hand() {
 fn tables_refuse_short_rows_and_zero_blocks() {
     assert!(matches!(BlockPool::new(4, 0), Err(Error::Zero { .. })));
     assert!(matches!(BlockPool::with_prefix_cache(usize::MAX, 16), Err(Error::Unsupported { .. })));
+    // Blocks that were never used take no memory.
+    assert_eq!(BlockPool::with_prefix_cache(i32::MAX as usize, 16).unwrap().num_available(), i32::MAX as usize);
     let mut pool = BlockPool::new(4, 8).unwrap();
     let mut table = BlockTable::new(&pool, 0);
     table.append(&mut pool, &[7; 9], &mut WritePlan::default()).unwrap();

@@ -1,16 +1,18 @@
-//! [`BlockAllocator`]: a reference count for each block, and a stack of those at zero.
+//! [`BlockAllocator`]: a reference count for each block, and a stack of those given back.
 //!
 //! The stack is last-in first-out, so a block freed a moment ago, whose bytes may still be in a
-//! CPU's cache, is the next one used. Blocks are handed out from 0 upwards at first.
+//! CPU's cache, is the next one used. While it is empty blocks are handed out from 0 upwards; what
+//! was never used costs nothing, however many blocks a pool is said to have.
 
 use crate::error::{Error, Result};
 
 /// Reference-counted blocks `0..num_blocks`.
 #[derive(Clone, Debug)]
 pub struct BlockAllocator {
-    /// References to each block; zero means free.
+    num_blocks: usize,
+    /// References to each block used so far; zero means free.
     counts: Vec<u32>,
-    /// The blocks with zero references, next one last.
+    /// The blocks given back, next one last.
     free: Vec<u32>,
     peak: usize,
 }
@@ -22,11 +24,7 @@ impl BlockAllocator {
     /// [`Error::Unsupported`] for more blocks than an `i32` block table can name.
     pub fn new(num_blocks: usize) -> Result<Self> {
         match i32::try_from(num_blocks) {
-            Ok(_) => Ok(BlockAllocator {
-                counts: vec![0; num_blocks],
-                free: (0..num_blocks as u32).rev().collect(),
-                peak: 0,
-            }),
+            Ok(_) => Ok(BlockAllocator { num_blocks, counts: Vec::new(), free: Vec::new(), peak: 0 }),
             Err(_) => Err(Error::Unsupported {
                 what: "the number of blocks",
                 value: num_blocks,
@@ -37,12 +35,12 @@ impl BlockAllocator {
 
     /// Blocks, free or not.
     pub fn num_blocks(&self) -> usize {
-        self.counts.len()
+        self.num_blocks
     }
 
     /// Blocks nobody refers to.
     pub fn num_free(&self) -> usize {
-        self.free.len()
+        self.num_blocks - self.num_allocated()
     }
 
     /// Blocks somebody refers to.
@@ -65,8 +63,18 @@ impl BlockAllocator {
     /// # Errors
     /// [`Error::NoFreeBlocks`].
     pub fn alloc(&mut self) -> Result<u32> {
-        let block = self.free.pop().ok_or(Error::NoFreeBlocks { requested: 1, free: 0 })?;
-        self.counts[block as usize] = 1;
+        let block = match self.free.pop() {
+            Some(block) => {
+                self.counts[block as usize] = 1;
+                block
+            }
+            None if self.counts.len() < self.num_blocks => {
+                self.counts.push(1);
+                // `new` has checked that ids fit.
+                (self.counts.len() - 1) as u32
+            }
+            None => return Err(Error::NoFreeBlocks { requested: 1, free: 0 }),
+        };
         self.peak = self.peak.max(self.num_allocated());
         Ok(block)
     }

@@ -88,8 +88,9 @@ pub struct PrefixStats {
 /// Full blocks by content.
 #[derive(Debug)]
 pub struct PrefixCache {
+    num_blocks: usize,
     block_size: usize,
-    /// The entry of each block that has one.
+    /// The entry of each block that has one, up to the last block ever entered.
     entries: Vec<Option<Entry>>,
     /// The block of each key.
     index: HashMap<Arc<Key>, u32>,
@@ -111,8 +112,9 @@ impl PrefixCache {
             return Err(Error::Zero { what: "the block size" });
         }
         Ok(PrefixCache {
+            num_blocks,
             block_size,
-            entries: std::iter::repeat_with(|| None).take(num_blocks).collect(),
+            entries: Vec::new(),
             index: HashMap::new(),
             idle: BTreeMap::new(),
             clock: 0,
@@ -187,12 +189,10 @@ impl PrefixCache {
                 got: tokens.len(),
             });
         }
-        if block as usize >= self.entries.len() {
-            return Err(Error::BlockOutOfRange {
-                what: "prefix cache",
-                block: block.into(),
-                num_blocks: self.entries.len(),
-            });
+        let index = block as usize;
+        if index >= self.num_blocks {
+            let num_blocks = self.num_blocks;
+            return Err(Error::BlockOutOfRange { what: "prefix cache", block: block.into(), num_blocks });
         }
         if !self.is_current(before) {
             return Ok(Inserted::Refused);
@@ -207,7 +207,10 @@ impl PrefixCache {
         let generation = self.tick();
         let key = Arc::new(key);
         self.index.insert(Arc::clone(&key), block);
-        self.entries[block as usize] = Some(Entry { key, generation, idle_since: None });
+        if index >= self.entries.len() {
+            self.entries.resize_with(index + 1, || None);
+        }
+        self.entries[index] = Some(Entry { key, generation, idle_since: None });
         self.stats.blocks_inserted += 1;
         Ok(Inserted::New(PrefixId(Node::Block { block, generation })))
     }

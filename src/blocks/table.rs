@@ -157,8 +157,11 @@ impl BlockTable {
         Ok(())
     }
 
-    /// Makes the full blocks findable for other sequences. Call it once the tokens appended have
-    /// been written in every layer, not before. Does nothing without prefix sharing.
+    /// Makes the full blocks findable for other sequences. Does nothing without prefix sharing.
+    ///
+    /// Call it once the tokens appended are written in every layer. Before, in the same step, only
+    /// if a layer writes the tokens of all sequences before any of them attends there, and if the
+    /// pool's prefixes are flushed should the step fail.
     ///
     /// # Errors
     /// [`Error::NotAllocated`] for a pool that is not this table's.
