@@ -50,10 +50,10 @@ fn layer_scales(model: &Model<CpuBackend>, source: Scales) -> Vec<LayerScales> {
 }
 
 /// Tokens must be torch's, all of them. Logits agree to [`NO_FLIP`] as long as every K and V is
-/// encoded to the same code. Where an f32 lies within the two implementations' rounding of the
-/// midpoint between two codes it is not, and one code is a step of 1/16: of the 38,400 codes of the
-/// 150-token prompt one or two do (so they do in this implementation alone when an epsilon changes
-/// by an ulp), of the short prompts none.
+/// encoded to the same code. Where one lies within the two implementations' rounding of the midpoint
+/// between two codes it is not, and a code is a step of 1/16 (E5M2: 1/8). That befalls a code or
+/// none in a prompt of thousands of them, and it befalls this implementation alone when an epsilon
+/// changes by an ulp; a wrong scale, format or rounding would befall every prompt.
 #[test]
 fn f32_tokens_are_exactly_those_of_torch() {
     let name = "micro/llmcompressor-tiny-f32";
