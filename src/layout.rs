@@ -341,21 +341,24 @@ impl CacheShape {
         Ok(self)
     }
 
-    /// Token slots in the cache.
+    /// Token slots in the cache. Like the other sizes here it saturates on a shape that
+    /// [`CacheShape::validate`] refuses: no buffer is that long.
     pub const fn num_slots(&self) -> usize {
-        self.num_blocks * self.spec.block_size
+        self.num_blocks.saturating_mul(self.spec.block_size)
     }
 
     /// Bytes the buffer of `half` must have.
     pub const fn buffer_bytes(&self, half: Half) -> usize {
-        let block = self.spec.block_size * self.spec.num_kv_heads * self.spec.head_dim(half);
-        ((self.num_blocks - 1) * self.map(half).block_stride + block) * self.spec.format(half).bytes()
+        let spec = &self.spec;
+        let block = spec.block_size.saturating_mul(spec.num_kv_heads).saturating_mul(spec.head_dim(half));
+        let before = self.num_blocks.saturating_sub(1).saturating_mul(self.map(half).block_stride);
+        before.saturating_add(block).saturating_mul(spec.format(half).bytes())
     }
 
     /// Elements the dynamic-scale buffer of `half` must have: `[blocks, heads, block]`, the
     /// scales of one (block, head) tile side by side. Zero where the half has none.
     pub const fn dynamic_scale_len(&self, half: Half) -> usize {
-        if self.spec.has_dynamic_scales(half) { self.num_slots() * self.spec.num_kv_heads } else { 0 }
+        if self.spec.has_dynamic_scales(half) { self.num_slots().saturating_mul(self.spec.num_kv_heads) } else { 0 }
     }
 
     /// The index of the dynamic scale of `(block, head, slot)`.

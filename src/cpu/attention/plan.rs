@@ -27,7 +27,7 @@ const MAX_TOKEN_CHUNKS: usize = 1024;
 
 /// Floats of one state: values, maximum, sum.
 pub(super) const fn partial_len(v_head_dim: usize) -> usize {
-    v_head_dim + 2
+    v_head_dim.saturating_add(2)
 }
 
 /// Chunks a sequence may have in a call of `num_tokens`.
