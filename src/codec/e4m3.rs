@@ -6,9 +6,11 @@
 use super::fp8::{Fp8, fp8_codec};
 use crate::format::KvFormat;
 
-/// OCP FP8 E4M3.
+/// One OCP FP8 E4M3 code; as a type, the format. Not `PartialEq`: compare codes by
+/// `to_bits`, values by `to_f32`.
 #[derive(Clone, Copy, Debug)]
-pub struct E4M3;
+#[repr(transparent)]
+pub struct E4M3(u8);
 
 impl Fp8 for E4M3 {
     const MANTISSA_BITS: u32 = 3;

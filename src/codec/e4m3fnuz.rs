@@ -8,9 +8,11 @@
 use super::fp8::{Fp8, fp8_codec};
 use crate::format::KvFormat;
 
-/// E4M3 FNUZ.
+/// One E4M3 FNUZ code; as a type, the format. Not `PartialEq`: compare codes by
+/// `to_bits`, values by `to_f32`.
 #[derive(Clone, Copy, Debug)]
-pub struct E4M3Fnuz;
+#[repr(transparent)]
+pub struct E4M3Fnuz(u8);
 
 impl Fp8 for E4M3Fnuz {
     const MANTISSA_BITS: u32 = 3;

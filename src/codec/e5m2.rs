@@ -7,9 +7,11 @@
 use super::fp8::{Fp8, fp8_codec};
 use crate::format::KvFormat;
 
-/// OCP FP8 E5M2.
+/// One OCP FP8 E5M2 code; as a type, the format. Not `PartialEq`: compare codes by
+/// `to_bits`, values by `to_f32`.
 #[derive(Clone, Copy, Debug)]
-pub struct E5M2;
+#[repr(transparent)]
+pub struct E5M2(u8);
 
 impl Fp8 for E5M2 {
     const MANTISSA_BITS: u32 = 2;

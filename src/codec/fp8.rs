@@ -108,6 +108,25 @@ macro_rules! fp8_codec {
             $crate::codec::fp8::decode::<$ty>(code)
         }
 
+        impl $ty {
+            /// The code with these bits.
+            pub const fn from_bits(bits: u8) -> Self {
+                Self(bits)
+            }
+            /// Its bits.
+            pub const fn to_bits(self) -> u8 {
+                self.0
+            }
+            /// [`encode`].
+            pub const fn from_f32(x: f32) -> Self {
+                Self(encode(x))
+            }
+            /// [`decode`].
+            pub const fn to_f32(self) -> f32 {
+                decode(self.0)
+            }
+        }
+
         impl $crate::codec::Codec for $ty {
             const FORMAT: $crate::format::KvFormat = $format;
             const BYTES: usize = 1;

@@ -15,6 +15,8 @@ mod fp8;
 pub mod e4m3;
 pub mod e4m3fnuz;
 pub mod e5m2;
+#[cfg(feature = "float8")]
+mod float8;
 mod simd;
 mod slice;
 
