@@ -104,29 +104,41 @@ pub(super) fn decode<S: Simd, A: Lanes, B: Lanes>(simd: S, src: &[u8], scale: Sc
     }
 }
 
+/// Lanes `i..` of a row, at the front of `src` and `dst`.
+///
+/// A function and not a closure, here and below: a closure that is not inlined is compiled without
+/// the shell's instruction set, and every intrinsic in it becomes a call.
+#[inline(always)]
+fn convert_lanes<S: Simd, A: Lanes, B: Lanes>(
+    simd: S,
+    src: &[u8],
+    scaling: &impl Scaling<S>,
+    i: usize,
+    dst: &mut [u8],
+) {
+    let x = A::load_lanes(simd, src);
+    B::store_lanes(simd, scaling.apply(simd, x, i), dst);
+}
+
 #[inline(always)]
 fn convert<S: Simd, A: Lanes, B: Lanes>(simd: S, src: &[u8], scaling: &impl Scaling<S>, dst: &mut [u8]) {
     let (from, to) = (S::LANES * A::BYTES, S::LANES * B::BYTES);
-    let step = |src: &[u8], i: usize, dst: &mut [u8]| {
-        let x = A::load_lanes(simd, src);
-        B::store_lanes(simd, scaling.apply(simd, x, i), dst);
-    };
     let len = src.len() / A::BYTES;
     let full = len - len % S::LANES;
     for (n, (src, dst)) in src.chunks_exact(from).zip(dst.chunks_exact_mut(to)).enumerate() {
-        step(src, n * S::LANES, dst);
+        convert_lanes::<S, A, B>(simd, src, scaling, n * S::LANES, dst);
     }
     if full == len {
         return;
     }
     if full > 0 {
         let i = len - S::LANES;
-        step(&src[i * A::BYTES..], i, &mut dst[i * B::BYTES..]);
+        convert_lanes::<S, A, B>(simd, &src[i * A::BYTES..], scaling, i, &mut dst[i * B::BYTES..]);
     } else {
         let mut padded = [0; MAX_LANES * MAX_BYTES];
         let mut result = [0; MAX_LANES * MAX_BYTES];
         padded[..src.len()].copy_from_slice(src);
-        step(&padded, 0, &mut result);
+        convert_lanes::<S, A, B>(simd, &padded, scaling, 0, &mut result);
         dst.copy_from_slice(&result[..dst.len()]);
     }
 }
@@ -142,29 +154,32 @@ pub(super) fn absmax<S: Simd, A: Lanes>(simd: S, src: &[u8], scale: ScaleRow<'_>
     }
 }
 
+/// `max`, and the magnitudes of lanes `i..` of a row, at the front of `src`.
+#[inline(always)]
+fn max_lanes<S: Simd, A: Lanes>(simd: S, max: S::U32, src: &[u8], scaling: &impl Scaling<S>, i: usize) -> S::U32 {
+    // Magnitudes order as integers do. NaN, above infinity, counts as zero.
+    let x = A::load_lanes(simd, src);
+    let magnitude = simd.and(simd.bits(scaling.apply(simd, x, i)), simd.splat_u32(0x7fff_ffff));
+    let number = simd.select_lt(simd.splat_u32(0x7f80_0000), magnitude, simd.splat_u32(0), magnitude);
+    simd.max_u32(max, number)
+}
+
 #[inline(always)]
 fn absmax_of<S: Simd, A: Lanes>(simd: S, src: &[u8], scaling: &impl Scaling<S>) -> f32 {
-    // Magnitudes order as integers do. NaN, above infinity, counts as zero.
-    let step = |max: S::U32, src: &[u8], i: usize| {
-        let x = A::load_lanes(simd, src);
-        let magnitude = simd.and(simd.bits(scaling.apply(simd, x, i)), simd.splat_u32(0x7fff_ffff));
-        let number = simd.select_lt(simd.splat_u32(0x7f80_0000), magnitude, simd.splat_u32(0), magnitude);
-        simd.max_u32(max, number)
-    };
     let len = src.len() / A::BYTES;
     let full = len - len % S::LANES;
     let mut max = simd.splat_u32(0);
     for (n, src) in src.chunks_exact(S::LANES * A::BYTES).enumerate() {
-        max = step(max, src, n * S::LANES);
+        max = max_lanes::<S, A>(simd, max, src, scaling, n * S::LANES);
     }
     if full < len {
         if full > 0 {
             let i = len - S::LANES;
-            max = step(max, &src[i * A::BYTES..], i);
+            max = max_lanes::<S, A>(simd, max, &src[i * A::BYTES..], scaling, i);
         } else {
             let mut padded = [0; MAX_LANES * MAX_BYTES];
             padded[..src.len()].copy_from_slice(src);
-            max = step(max, &padded, 0);
+            max = max_lanes::<S, A>(simd, max, &padded, scaling, 0);
         }
     }
     let mut lanes = [0; MAX_LANES * MAX_BYTES];
