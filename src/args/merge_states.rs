@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! m = max(lse_a, lse_b)              wa = exp(lse_a - m), wb = exp(lse_b - m)
-//! out = (a * wa + b * wb) / (wa + wb)            lse = m + ln(wa + wb)
+//! out = a * (wa / (wa + wb)) + b * (wb / (wa + wb))                lse = m + ln(wa + wb)
 //! ```
 //! An LSE of ±inf means "no keys" (as vLLM treats it); two of them give zeros and -inf, never NaN.
 

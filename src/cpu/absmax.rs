@@ -1,6 +1,7 @@
 //! [`Absmax`], fast: a maximum is the same in any order, so threads take tokens (one maximum for
 //! the tensor) or heads (their own maxima).
 
+use super::scalar::raise;
 use super::threads::{self, Job};
 use super::*;
 use crate::args::RowStrides;
@@ -17,7 +18,7 @@ pub(super) fn run<T: Element>(op: Absmax<'_, CpuBackend, T>, isa: Isa) {
                 (heads, rows.dim) = (1, heads * rows.dim);
             }
             let max = tensor_max(rows, heads, threads::parts_for(bytes));
-            op.running[0] = op.running[0].max(max);
+            raise(&mut op.running[0], max);
         }
         Granularity::Head | Granularity::Channel => {
             let per_head = op.running.len() / op.num_heads;
@@ -81,7 +82,7 @@ impl<T: Element> Job for Heads<'_, '_, T> {
             for (head, running) in self.running.chunks_exact_mut(self.per_head).enumerate() {
                 let row = self.rows.row(token, self.first + head);
                 match running {
-                    [running] => *running = running.max(absmax_slice(self.rows.isa, row)),
+                    [running] => raise(running, absmax_slice(self.rows.isa, row)),
                     running => channel_max(self.rows.isa, row, running),
                 }
             }
@@ -97,8 +98,7 @@ fn channel_max<T: Element>(isa: Isa, row: &[T], running: &mut [f32]) {
         let wide = &mut wide[..row.len()];
         decode_slice(isa, T::DTYPE.as_kv_format(), as_bytes(row), ScaleRow::One(1.0), wide);
         for (running, x) in running.iter_mut().zip(wide) {
-            let x = x.abs();
-            *running = running.max(if x.is_nan() { 0.0 } else { x.min(f32::MAX) });
+            raise(running, *x);
         }
     }
 }

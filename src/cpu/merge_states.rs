@@ -71,7 +71,7 @@ impl<T: Element> Job for Part<'_, '_, T> {
     }
 }
 
-/// `row = (a * weight_a + b * weight_b) / (weight_a + weight_b)`.
+/// `row = a * weight_a + b * weight_b`.
 fn mean_row<T: Element>(isa: Isa, (a, weight_a): (&[T], f32), (b, weight_b): (&[T], f32), row: &mut [T]) {
     const PIECE: usize = 128;
     let (mut wide_a, mut wide_b) = ([0.0f32; PIECE], [0.0f32; PIECE]);

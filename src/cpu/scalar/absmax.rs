@@ -9,11 +9,17 @@ pub(in crate::cpu) fn absmax<T: Element>(op: Absmax<'_, CpuBackend, T>) {
             let row = &op.input[op.strides.index(token, head)..][..op.head_dim];
             for (channel, x) in row.iter().enumerate() {
                 let running = &mut op.running[strides.index(head, channel)];
-                let x = x.to_f32().abs();
-                *running = running.max(if x.is_nan() { 0.0 } else { x.min(f32::MAX) });
+                raise(running, x.to_f32());
             }
         }
     }
+}
+
+/// `running = max(running, |x|)` with infinities as `f32::MAX`. NaN compares false: it never raises.
+#[inline(always)]
+pub(in crate::cpu) fn raise(running: &mut f32, x: f32) {
+    let x = if x.abs() > f32::MAX { f32::MAX } else { x.abs() };
+    *running = if x > *running { x } else { *running };
 }
 
 pub(in crate::cpu) fn update_scales(op: UpdateScales<'_, CpuBackend>) {

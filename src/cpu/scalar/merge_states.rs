@@ -35,8 +35,8 @@ pub(in crate::cpu) enum Merge {
     OnlyA { lse: f32 },
     /// Only `b` has keys.
     OnlyB { lse: f32 },
-    /// Both have: their weighted mean.
-    Both { weight_a: f32, weight_b: f32, max: f32 },
+    /// Both have: their mean by weights that sum to 1.
+    Both { weight_a: f32, weight_b: f32, lse: f32 },
 }
 
 impl Merge {
@@ -47,7 +47,9 @@ impl Merge {
             (true, false) => Merge::OnlyB { lse: b },
             (false, false) => {
                 let max = a.max(b);
-                Merge::Both { weight_a: (a - max).exp(), weight_b: (b - max).exp(), max }
+                let (exp_a, exp_b) = ((a - max).exp(), (b - max).exp());
+                let sum = exp_a + exp_b;
+                Merge::Both { weight_a: exp_a / sum, weight_b: exp_b / sum, lse: max + sum.ln() }
             }
         }
     }
@@ -55,8 +57,7 @@ impl Merge {
     pub(in crate::cpu) fn lse(&self) -> f32 {
         match *self {
             Merge::Neither => f32::NEG_INFINITY,
-            Merge::OnlyA { lse } | Merge::OnlyB { lse } => lse,
-            Merge::Both { weight_a, weight_b, max } => max + (weight_a + weight_b).ln(),
+            Merge::OnlyA { lse } | Merge::OnlyB { lse } | Merge::Both { lse, .. } => lse,
         }
     }
 }
@@ -64,5 +65,5 @@ impl Merge {
 /// One channel of the weighted mean.
 #[inline(always)]
 pub(in crate::cpu) fn weighted_mean(a: f32, weight_a: f32, b: f32, weight_b: f32) -> f32 {
-    (a * weight_a + b * weight_b) / (weight_a + weight_b)
+    a * weight_a + b * weight_b
 }

@@ -11,7 +11,7 @@ mod gather;
 mod merge_states;
 mod paged_attention;
 
-pub(super) use absmax::{absmax, update_scales};
+pub(super) use absmax::{absmax, raise, update_scales};
 pub(super) use cache_write::cache_write;
 pub(super) use convert::{dequantize, quantize};
 pub(super) use gather::{gather, gather_bytes};
