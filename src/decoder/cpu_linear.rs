@@ -130,20 +130,23 @@ unsafe fn panel<L: Lanes, T: Element, const R: usize, const C: usize>(
     first: usize,
 ) {
     let (rows, columns) = (x.len() / inputs, w.len() / inputs);
-    let tile_rows = rows - rows % R;
+    let mut row = 0;
     // SAFETY: the caller's promise; tiles stay inside `rows` × `columns`.
     unsafe {
-        for row in (0..tile_rows).step_by(R) {
-            row_of_tiles::<L, T, R, C>(x, w, inputs, row, columns, out, first);
-        }
-        for row in tile_rows..rows {
-            // One row at a time: wider tiles keep enough sums in flight to hide the latency.
-            row_of_tiles::<L, T, 1, 4>(x, w, inputs, row, columns, out, first);
+        while row < rows {
+            // Few rows are what decoding has: the widest tile that fits reads the weights fewest
+            // times, and four columns keep enough sums in flight even with one row.
+            row += match rows - row {
+                left if left >= R => row_of_tiles::<L, T, R, C>(x, w, inputs, row, columns, out, first),
+                left if left >= 4 && R > 4 => row_of_tiles::<L, T, 4, 4>(x, w, inputs, row, columns, out, first),
+                left if left >= 2 && R > 2 => row_of_tiles::<L, T, 2, 4>(x, w, inputs, row, columns, out, first),
+                _ => row_of_tiles::<L, T, 1, 4>(x, w, inputs, row, columns, out, first),
+            };
         }
     }
 }
 
-/// Rows `row .. row + R` of `x` times all rows of `w`.
+/// Rows `row .. row + R` of `x` times all rows of `w`; returns R.
 ///
 /// # Safety
 /// As `panel`; the rows exist.
@@ -156,7 +159,7 @@ unsafe fn row_of_tiles<L: Lanes, T: Element, const R: usize, const C: usize>(
     columns: usize,
     out: &Output,
     first: usize,
-) {
+) -> usize {
     let x = &x[row * inputs..(row + R) * inputs];
     let tiles = columns - columns % C;
     // SAFETY: the caller's promise.
@@ -176,6 +179,7 @@ unsafe fn row_of_tiles<L: Lanes, T: Element, const R: usize, const C: usize>(
             }
         }
     }
+    R
 }
 
 /// R rows of `x` times C rows of `w`, all `inputs` long.

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! Scratch buffers grow to the largest step and are reused. The MLP, whose intermediate rows are
-//! the widest, runs over [`MLP_ROWS`] rows at a time; the result of a row does not depend on that
+//! the widest, runs over `MLP_ROWS` rows at a time; the result of a row does not depend on that
 //! ([`Compute`]'s contract).
 
 use std::path::Path;

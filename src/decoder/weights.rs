@@ -279,6 +279,9 @@ fn map_file(path: &Path) -> Result<MappedFile> {
     // SAFETY: the mapping is read-only and private to us; that no other process changes the file
     // under it is the usual contract of memory-mapped weights (see the module's text).
     let map = unsafe { Mmap::map(&file) }.map_err(io)?;
+    // Reading ahead is only a hint; a system that refuses it reads on demand.
+    #[cfg(unix)]
+    let _ = map.advise(memmap2::Advice::WillNeed);
     Ok(MappedFile { path: path.to_owned(), map })
 }
 
