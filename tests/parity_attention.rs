@@ -18,7 +18,7 @@ use oracle::strategy::{self, Padding, Rng, ScaleKind};
 use proptest::prelude::*;
 use quantkv::args::{AttentionParams, RowStrides};
 use quantkv::layout::Half;
-use quantkv::{Backend, CacheLayout, CpuBackend, DType, Isa, KvFormat};
+use quantkv::{Backend, CacheLayout, DType, KvFormat};
 
 fn check<B: Backend>(backend: &B, case: &AttentionCase, expectation: &AttentionExpectation) -> Result<(), String> {
     let (out, lse, faults) = run::attention(backend, case).map_err(|error| error.to_string())?;
@@ -325,25 +325,68 @@ fn large_scores_do_not_overflow() {
     }
 }
 
-/// One thread, two or five: the same bits; and the same again.
+/// Sequences long enough to be split: around 512 and its multiples, under windows that start in
+/// any piece, and with pieces whose every block is bad.
+#[test]
+fn long_sequences_are_split() {
+    for (layout, format) in [(CacheLayout::Hnd, KvFormat::Fp8E4M3), (CacheLayout::VllmPacked, KvFormat::F16)] {
+        let geometry = Geometry { v_dim: 5, ..Geometry::plain(layout, (2, 16), (16, 260), format) };
+        for window in [None, Some(1), Some(100), Some(513), Some(1500)] {
+            let sequences = vec![(510, 1), (511, 1), (512, 1), (1023, 2), (3100, 1), (0, 1), (1500, 9)];
+            let parameters = Parameters { window, sinks: window == Some(513), ..simple(geometry, 3, sequences) };
+            let mut case = build(&parameters);
+            check_all(&case, (layout, window));
+            // Blocks 32 to 95 (positions 512 to 1535) of the longest sequence, and all of the third.
+            case.tables[4 * case.table_stride + 32..][..64].fill(-1);
+            case.tables[2 * case.table_stride..][..33].fill(260);
+            check_all(&case, (layout, window, "bad blocks"));
+        }
+    }
+}
+
+/// A workspace made for a large batch serves every smaller one: "for at most `num_tokens`".
+#[test]
+fn a_workspace_for_many_tokens_serves_fewer() {
+    let geometry = Geometry::plain(CacheLayout::Hnd, (2, 16), (16, 8000), KvFormat::Fp8E4M3);
+    for backend in cpu_backends() {
+        let mut largest = 0;
+        for num_tokens in 0..3000 {
+            let len = backend.attention_workspace_len(&geometry.shape(), 4, num_tokens);
+            assert!(len >= largest, "{num_tokens} tokens need {len} floats, fewer tokens {largest}");
+            largest = len;
+        }
+    }
+}
+
+/// One thread, three or eight: the same bits; and the same again.
 #[test]
 fn results_do_not_depend_on_threads() {
     let geometry = Geometry::plain(CacheLayout::Hnd, (2, 64), (16, 80), KvFormat::Fp8E4M3);
-    let parameters =
-        Parameters { dtype: DType::F32, ..simple(geometry, 4, vec![(1200, 1), (3, 1), (700, 4), (0, 40), (90, 1)]) };
-    let case = build(&parameters);
-    for isa in Isa::ALL {
-        let Some(backend) = CpuBackend::with_isa(isa) else { continue };
-        check(&backend, &case, &expect(&case)).unwrap();
-        let bits = |threads| {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            let (out, lse, _) = pool.install(|| run::attention(&backend, &case)).unwrap();
-            out.iter().chain(&lse.unwrap()).map(|x| x.to_bits()).collect::<Vec<_>>()
+    let case = build(&simple(geometry, 4, vec![(1200, 1), (3, 1), (700, 4), (0, 40), (90, 1)]));
+    let expectation = expect(&case);
+    let merge = build_merge(&MergeParameters {
+        shape: (200, 16, 128),
+        dtype: DType::BF16,
+        padding: (0, 3, 0),
+        with_lse: true,
+        percent_empty: 10,
+        seed: 3,
+    });
+    for backend in cpu_backends() {
+        check(&backend, &case, &expectation).unwrap();
+        check_merge(&backend, &merge).unwrap();
+        let bits = || {
+            let (out, lse, _) = run::attention(&backend, &case).unwrap();
+            let (merged, merged_lse) = run::merge(&backend, &merge).unwrap();
+            let all = [out, lse.unwrap(), merged, merged_lse.unwrap()].concat();
+            all.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
         };
-        let one = bits(1);
-        for threads in [1, 2, 5] {
-            assert!(bits(threads) == one, "{isa} differs with {threads} threads");
-        }
+        let here = bits();
+        run::in_pools(|threads| {
+            for _ in 0..2 {
+                assert!(bits() == here, "{} differs with {threads} threads", backend.isa());
+            }
+        });
     }
 }
 

@@ -330,3 +330,27 @@ fn the_later_of_two_tokens_wins() {
         check_all(&fused_qkv(geometry, DType::F16, slots, 0.5, 0.25));
     }
 }
+
+/// Enough bytes that the work is shared among threads: slots in random order, some out of range,
+/// some twice, in every layout, exact for any number of threads.
+#[test]
+fn large_writes_on_any_number_of_threads() {
+    for layout in CacheLayout::ALL {
+        for (format, dynamic) in [(KvFormat::Fp8E4M3, true), (KvFormat::Fp8E5M2, false), (KvFormat::BF16, false)] {
+            let mut geometry = Geometry::plain(layout, (5, 128), (16, 80), format);
+            (geometry.dynamic, geometry.k_gap, geometry.tail) = (dynamic, 24, 64);
+            let mut slots = some_slots(900, geometry.num_slots());
+            (slots[3], slots[500], slots[700], slots[899]) = (-1, 1 << 40, slots[2], slots[1]);
+            let case = fused_qkv(geometry, DType::BF16, slots, 0.05, 0.03);
+            let (expected, expected_faults) = rows::cache_write(&case);
+            for backend in cpu_backends() {
+                run::in_pools(|threads| {
+                    let (got, faults) = run::cache_write(&backend, &case).unwrap();
+                    let same = compare(&geometry, &expected, &got);
+                    assert_eq!(same, Ok(()), "{layout:?} {format} on {} with {threads} threads", backend.isa());
+                    assert_eq!(faults, expected_faults);
+                });
+            }
+        }
+    }
+}

@@ -49,14 +49,22 @@ fn build(parameters: &Parameters) -> ConvertCase {
 }
 
 fn check<B: Backend>(backend: &B, case: &ConvertCase) -> Result<(), String> {
+    check_against(backend, case, &(rows::quantize(case), rows::dequantize(case)))
+}
+
+fn check_against<B: Backend>(
+    backend: &B,
+    case: &ConvertCase,
+    (codes, rows): &(Vec<u8>, rows::Rows),
+) -> Result<(), String> {
     let size = bytes_of(case.format);
-    let (expected, got) = (rows::quantize(case), run::quantize(backend, case).map_err(|error| error.to_string())?);
+    let (expected, got) = (codes, run::quantize(backend, case).map_err(|error| error.to_string())?);
     for (at, (a, b)) in expected.chunks(size).zip(got.chunks(size)).enumerate() {
         if a != b && !(a.len() == size && same_stored(case.format, a, b)) {
             return Err(format!("code {at} is {b:02x?}, not {a:02x?}"));
         }
     }
-    let (expected, got) = (rows::dequantize(case), run::dequantize(backend, case).map_err(|error| error.to_string())?);
+    let (expected, got) = (rows, run::dequantize(backend, case).map_err(|error| error.to_string())?);
     match (0..expected.data.len()).find(|&at| !same_value(expected.data[at], got.data[at])) {
         Some(at) => Err(format!("value {at} is {:e}, not {:e}", got.data[at], expected.data[at])),
         None => Ok(()),
@@ -159,6 +167,37 @@ fn vllm_round_trip_error() {
             for (x, y) in rows.data.iter().zip(&back.data) {
                 assert!((x - y).abs() <= (x.abs() * relative).max(absolute), "{format}: {x} became {y}");
             }
+        }
+    }
+}
+
+/// Enough bytes that the work is shared among threads, exact for any number of them.
+#[test]
+fn large_conversions_on_any_number_of_threads() {
+    for format in KvFormat::ALL {
+        let shape = (700, 4, 128);
+        let parameters = Parameters {
+            shape,
+            format,
+            dtype: DType::BF16,
+            scale: ScaleKind::Channel,
+            padding: (0, 9, 0),
+            tail: 33,
+            seed: 31,
+        };
+        let case = build(&parameters);
+        let expected = (rows::quantize(&case), rows::dequantize(&case));
+        for backend in cpu_backends() {
+            run::in_pools(|threads| {
+                let what = format!("{format} on {} with {threads} threads", backend.isa());
+                assert_eq!(check_against(&backend, &case, &expected), Ok(()), "{what}");
+                for granularity in [Granularity::Tensor, Granularity::Head, Granularity::Channel] {
+                    let running = vec![0.5; granularity.len(4, 128)];
+                    let expected = rows::absmax(&case.rows, shape, granularity, &running);
+                    let got = run::absmax(&backend, &case.rows, case.dtype, shape, granularity, &running).unwrap();
+                    assert_eq!(got, expected, "{what}");
+                }
+            });
         }
     }
 }

@@ -322,3 +322,38 @@ fn every_code_is_dequantized_exactly() {
         }
     }
 }
+
+/// Enough bytes that the work is shared among threads, exact for any number of them.
+#[test]
+fn large_moves_on_any_number_of_threads() {
+    for layout in CacheLayout::ALL {
+        let mut geometry = Geometry::plain(layout, (5, 128), (16, 90), KvFormat::Fp8E4M3);
+        (geometry.dynamic, geometry.v_gap, geometry.tail) = (true, 40, 64);
+        let case = build_gather(&GatherParameters {
+            geometry,
+            dtype: DType::BF16,
+            sequences: vec![(3, 300), (0, 1), (20, 0), (0, 500)],
+            with_starts: true,
+            spare_rows: 2,
+            table_spare: 1,
+            percent_bad_blocks: 10,
+            padding: ((1, 7, 0), (0, 0, 5)),
+            scales: (ScaleKind::Channel, ScaleKind::Head),
+            seed: 17,
+        });
+        let mut rng = Rng::new(23);
+        let pool = layers(&geometry, 3, &mut rng);
+        let host = Geometry { num_blocks: 60, v_gap: 0, ..geometry };
+        let swapped = layers(&host, 3, &mut rng);
+        let copies: Vec<_> = (0..40).map(|i| BlockPair::new(i, 89 - i)).collect();
+        let swaps: Vec<_> = (0..55).map(|i| BlockPair::new(89 - i, i)).collect();
+        for backend in cpu_backends() {
+            run::in_pools(|threads| {
+                let result = check_gather(&backend, &case);
+                assert_eq!(result, Ok(()), "{layout:?} on {} with {threads} threads", backend.isa());
+                check_copy(&backend, &geometry, &pool, &copies);
+                check_swap(&backend, (&geometry, &pool), (&host, &swapped), &swaps);
+            });
+        }
+    }
+}

@@ -20,6 +20,13 @@ pub fn cpu_backends() -> Vec<CpuBackend> {
     Isa::ALL.into_iter().filter_map(CpuBackend::with_isa).collect()
 }
 
+/// Runs `body` in thread pools of 1, 3 and 8 threads: results may not depend on it.
+pub fn in_pools(body: impl Fn(usize) + Send + Sync) {
+    for threads in [1, 3, 8] {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| body(threads));
+    }
+}
+
 pub fn upload<B: Backend, T: Pod>(backend: &B, data: &[T]) -> B::Buffer<T> {
     let mut buffer = backend.zeros("test data", data.len()).unwrap();
     backend.upload(data, &mut buffer).unwrap();
