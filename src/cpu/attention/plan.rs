@@ -35,12 +35,14 @@ fn max_chunks(shape: &CacheShape, num_tokens: usize) -> usize {
     (MAX_TOKEN_CHUNKS / num_tokens.max(1)).clamp(1, MAX_CHUNKS).min(shape.num_slots().div_ceil(MIN_CHUNK))
 }
 
-/// Floats of workspace `paged_attention` needs.
+/// Floats of workspace `paged_attention` needs for at most `num_tokens`. Fewer tokens get more
+/// chunks each, so this bounds every smaller batch too.
 pub(in crate::cpu) fn workspace_len(shape: &CacheShape, num_heads: usize, num_tokens: usize) -> usize {
-    match max_chunks(shape, num_tokens) {
-        1 => 0,
+    match max_chunks(shape, 1) {
+        0 | 1 => 0,
         chunks => {
-            [num_heads, chunks, partial_len(shape.spec.v_head_dim)].into_iter().fold(num_tokens, usize::saturating_mul)
+            let states = num_tokens.saturating_mul(chunks).min(MAX_TOKEN_CHUNKS);
+            states.saturating_mul(num_heads).saturating_mul(partial_len(shape.spec.v_head_dim))
         }
     }
 }
