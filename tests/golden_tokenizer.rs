@@ -20,6 +20,10 @@ fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
+fn fs_text(name: &str) -> String {
+    std::fs::read_to_string(fixture("micro/llmcompressor-tiny-f32").join(name)).unwrap()
+}
+
 /// The checkpoint whose tokenizer.json says `"truncation": {"max_length": 128}`.
 fn tokenizer() -> Tokenizer {
     Tokenizer::from_model_dir(&fixture("micro/llmcompressor-tiny-f32")).unwrap()
@@ -125,9 +129,14 @@ fn a_broken_tokenizer_is_one_clear_line() {
     std::fs::create_dir_all(&dir).unwrap();
     let missing = Tokenizer::from_model_dir(&dir).unwrap_err().to_string();
     assert!(missing.contains("tokenizer.json"), "{missing}");
-    for text in
-        ["", "{}", "{\"version\": \"1.0\"}", "[[[[", "{\"model\": {\"type\": \"BPE\", \"vocab\": 3, \"merges\": []}}"]
-    {
+    // Two on which `tokenizers` itself panics.
+    let whole = std::fs::read_to_string(fixture("micro/llmcompressor-tiny-f32/tokenizer.json")).unwrap();
+    let syntax = whole.replace("\"decoder\": {", "\"decoder\": {,");
+    let charsmap = r#""normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}"#;
+    let charsmap = whole.replace("\"normalizer\": null", charsmap);
+    assert!(whole != syntax && whole != charsmap);
+    let no_vocabulary = "{\"model\": {\"type\": \"BPE\", \"vocab\": 3, \"merges\": []}}";
+    for text in ["", "{}", "{\"version\": \"1.0\"}", "[[[[", no_vocabulary, &syntax, &charsmap] {
         std::fs::write(dir.join("tokenizer.json"), text).unwrap();
         let error = Tokenizer::from_model_dir(&dir).unwrap_err().to_string();
         assert!(error.contains("tokenizer.json") && !error.contains('\n'), "{text}: {error}");

@@ -14,6 +14,7 @@ mod report;
 mod setup;
 
 use std::io::{self, IsTerminal, Write};
+use std::panic;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -47,6 +48,19 @@ impl From<io::Error> for Failure {
 }
 
 fn main() -> ExitCode {
+    // A panic is a bug, but one of a library may be caught and become an error (the tokenizer's
+    // is): then it must not have printed anything. RUST_BACKTRACE shows all.
+    if std::env::var_os("RUST_BACKTRACE").is_none() {
+        panic::set_hook(Box::new(|_| ()));
+    }
+    panic::catch_unwind(run_to_exit_code).unwrap_or_else(|cause| {
+        let text = cause.downcast_ref::<String>().map(String::as_str).or(cause.downcast_ref::<&str>().copied());
+        note("error", &format!("internal error: {} (RUST_BACKTRACE=1 shows where)", text.unwrap_or("unknown")));
+        ExitCode::from(101)
+    })
+}
+
+fn run_to_exit_code() -> ExitCode {
     let result = match args::parse() {
         Ok(args) => run(&args),
         Err(Ok(help)) => write!(io::stdout(), "{help}").map_err(Failure::Output),

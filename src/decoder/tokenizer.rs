@@ -3,9 +3,13 @@
 //! A calibrated checkpoint can carry the truncation and padding its calibration used, in
 //! `tokenizer.json` itself; prompts would then be cut silently. Both are cleared on load.
 //!
+//! `tokenizers` trusts its files: some broken ones make it panic. Its calls are fenced, so that a
+//! panic in it is an error of ours.
+//!
 //! Generated text is made token by token, and byte-level tokens split UTF-8 sequences:
 //! [`Detokenizer`] holds back the bytes of an unfinished character.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
@@ -35,9 +39,11 @@ impl Tokenizer {
     /// As [`Tokenizer::from_model_dir`].
     pub fn from_file(path: &Path) -> Result<Self> {
         let bytes = read_bounded(path, MAX_FILE_BYTES)?;
-        let invalid = |reason: String| Error::InvalidFile { path: path.to_owned(), reason };
-        let mut inner = tokenizers::Tokenizer::from_bytes(bytes).map_err(|e| invalid(one_line(&e.to_string())))?;
-        inner.with_truncation(None).map_err(|e| invalid(one_line(&e.to_string())))?;
+        let invalid = |reason: String| Error::InvalidFile { path: path.to_owned(), reason: one_line(&reason) };
+        // Syntax first: what follows panics on some files that are no JSON.
+        serde_json::from_slice::<serde::de::IgnoredAny>(&bytes).map_err(|e| invalid(format!("is not JSON: {e}")))?;
+        let mut inner = fenced(|| tokenizers::Tokenizer::from_bytes(bytes)).map_err(invalid)?;
+        inner.with_truncation(None).map_err(|e| invalid(e.to_string()))?;
         inner.with_padding(None);
         Ok(Tokenizer { inner, path: path.to_owned() })
     }
@@ -49,10 +55,9 @@ impl Tokenizer {
     /// [`Error::InvalidFile`] if the tokenizer cannot encode the text (a word outside its
     /// vocabulary and no unknown token).
     pub fn encode(&self, text: &str, add_special_tokens: bool) -> Result<Vec<u32>> {
-        match self.inner.encode_fast(text, add_special_tokens) {
-            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(e) => Err(self.invalid(format!("cannot encode the text: {e}"))),
-        }
+        fenced(|| self.inner.encode_fast(text, add_special_tokens))
+            .map(|encoding| encoding.get_ids().to_vec())
+            .map_err(|reason| self.invalid(format!("cannot encode the text: {reason}")))
     }
 
     /// Text of `ids`; bytes that are no UTF-8 become U+FFFD, ids outside the vocabulary nothing.
@@ -60,7 +65,8 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::InvalidFile`] if the file's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        self.inner.decode(ids, skip_special_tokens).map_err(|e| self.invalid(format!("cannot decode: {e}")))
+        fenced(|| self.inner.decode(ids, skip_special_tokens))
+            .map_err(|reason| self.invalid(format!("cannot decode: {reason}")))
     }
 
     /// The id of a token, special tokens included.
@@ -75,6 +81,19 @@ impl Tokenizer {
 
     fn invalid(&self, reason: String) -> Error {
         Error::InvalidFile { path: self.path.clone(), reason: one_line(&reason) }
+    }
+}
+
+/// Runs a call into `tokenizers`; its error, or its panic, as text. What it leaves half done is
+/// thrown away (loading) or was only read (encoding, decoding).
+fn fenced<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(result) => result.map_err(|error| error.to_string()),
+        Err(panic) => {
+            let text = panic.downcast_ref::<String>().cloned();
+            let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()));
+            Err(format!("the tokenizers library panicked: {}", text.unwrap_or_default()))
+        }
     }
 }
 
