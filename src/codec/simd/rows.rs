@@ -143,32 +143,6 @@ fn convert<S: Simd, A: Lanes, B: Lanes>(simd: S, src: &[u8], scaling: &impl Scal
     }
 }
 
-// Functions, not closures: a closure is inlined only if the optimizer likes, and outside its shell
-// it would be compiled without the instruction set.
-
-/// `LANES` elements from `i` on; `src` and `dst` start there.
-#[inline(always)]
-fn convert_lanes<S: Simd, A: Lanes, B: Lanes>(
-    simd: S,
-    src: &[u8],
-    scaling: &impl Scaling<S>,
-    i: usize,
-    dst: &mut [u8],
-) {
-    let x = A::load_lanes(simd, src);
-    B::store_lanes(simd, scaling.apply(simd, x, i), dst);
-}
-
-/// `max` with `LANES` magnitudes from `i` on; `src` starts there. Magnitudes order as integers
-/// do; NaN, above infinity, counts as zero.
-#[inline(always)]
-fn max_lanes<S: Simd, A: Lanes>(simd: S, max: S::U32, src: &[u8], scaling: &impl Scaling<S>, i: usize) -> S::U32 {
-    let x = A::load_lanes(simd, src);
-    let magnitude = simd.and(simd.bits(scaling.apply(simd, x, i)), simd.splat_u32(0x7fff_ffff));
-    let number = simd.select_lt(simd.splat_u32(0x7f80_0000), magnitude, simd.splat_u32(0), magnitude);
-    simd.max_u32(max, number)
-}
-
 /// The largest |A(src[i]) / scale[i]|: NaN ignored, infinities count as `f32::MAX`.
 #[inline(always)]
 pub(super) fn absmax<S: Simd, A: Lanes>(simd: S, src: &[u8], scale: ScaleRow<'_>) -> f32 {
