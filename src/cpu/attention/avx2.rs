@@ -47,6 +47,43 @@ unsafe fn widen(halves: __m256i) -> [__m256; 2] {
     unsafe { [_mm256_cvtph_ps(_mm256_castsi256_si128(halves)), _mm256_cvtph_ps(_mm256_extracti128_si256::<1>(halves))] }
 }
 
+/// 16 elements.
+#[inline(always)]
+unsafe fn decode_unit<F: Codec>(src: *const u8) -> [__m256; 2] {
+    // SAFETY: AVX2 and F16C, see `Avx2`; the caller vouches for 16 readable elements.
+    unsafe {
+        match F::FORMAT {
+            KvFormat::F32 => [_mm256_loadu_ps(src.cast()), _mm256_loadu_ps(src.add(32).cast())],
+            KvFormat::F16 => widen(_mm256_loadu_si256(src.cast())),
+            KvFormat::BF16 => {
+                let load = |p: *const u8| {
+                    let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
+                };
+                [load(src), load(src.add(16))]
+            }
+            KvFormat::Fp8E5M2 => {
+                let x = _mm_loadu_si128(src.cast());
+                let zero = _mm_setzero_si128();
+                [_mm256_cvtph_ps(_mm_unpacklo_epi8(zero, x)), _mm256_cvtph_ps(_mm_unpackhi_epi8(zero, x))]
+            }
+            KvFormat::Fp8E4M3 => {
+                let x = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(src.cast())));
+                let magnitude = _mm256_and_si256(x, _mm256_set1_epi16(0x3f80));
+                let nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80));
+                let half = _mm256_and_si256(x, _mm256_set1_epi16(0xbf80u16 as i16));
+                widen(_mm256_or_si256(half, nan))
+            }
+            KvFormat::Fp8E4M3Fnuz => {
+                let x = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(src.cast())));
+                let half = _mm256_and_si256(x, _mm256_set1_epi16(0xbf80u16 as i16));
+                let nan = _mm256_cmpeq_epi16(half, _mm256_set1_epi16(i16::MIN));
+                widen(_mm256_or_si256(half, nan))
+            }
+        }
+    }
+}
+
 // SAFETY of every `unsafe` block below: the instructions belong to the features that `Isa::Avx2`
 // tests for and the shells enable; accesses are those the trait's methods name.
 #[allow(clippy::undocumented_unsafe_blocks)]
@@ -153,38 +190,9 @@ impl Simd for Avx2 {
     unsafe fn decode<F: Codec>(src: *const u8, n: usize) -> [__m256; 2] {
         unsafe {
             if n < Self::UNIT {
-                let buffer = copy_tail::<64>(src, n * F::BYTES);
-                return Self::decode::<F>(buffer.as_ptr(), Self::UNIT);
+                return decode_unit::<F>(copy_tail::<64>(src, n * F::BYTES).as_ptr());
             }
-            match F::FORMAT {
-                KvFormat::F32 => [_mm256_loadu_ps(src.cast()), _mm256_loadu_ps(src.add(32).cast())],
-                KvFormat::F16 => widen(_mm256_loadu_si256(src.cast())),
-                KvFormat::BF16 => {
-                    let load = |p: *const u8| {
-                        let x = _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast()));
-                        _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
-                    };
-                    [load(src), load(src.add(16))]
-                }
-                KvFormat::Fp8E5M2 => {
-                    let x = _mm_loadu_si128(src.cast());
-                    let zero = _mm_setzero_si128();
-                    [_mm256_cvtph_ps(_mm_unpacklo_epi8(zero, x)), _mm256_cvtph_ps(_mm_unpackhi_epi8(zero, x))]
-                }
-                KvFormat::Fp8E4M3 => {
-                    let x = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(src.cast())));
-                    let magnitude = _mm256_and_si256(x, _mm256_set1_epi16(0x3f80));
-                    let nan = _mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x3f80));
-                    let half = _mm256_and_si256(x, _mm256_set1_epi16(0xbf80u16 as i16));
-                    widen(_mm256_or_si256(half, nan))
-                }
-                KvFormat::Fp8E4M3Fnuz => {
-                    let x = _mm256_slli_epi16::<7>(_mm256_cvtepi8_epi16(_mm_loadu_si128(src.cast())));
-                    let half = _mm256_and_si256(x, _mm256_set1_epi16(0xbf80u16 as i16));
-                    let nan = _mm256_cmpeq_epi16(half, _mm256_set1_epi16(i16::MIN));
-                    widen(_mm256_or_si256(half, nan))
-                }
-            }
+            decode_unit::<F>(src)
         }
     }
 

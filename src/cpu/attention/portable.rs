@@ -80,6 +80,20 @@ fn decode_one<F: Codec>(code: u32) -> f32 {
     }
 }
 
+/// 16 little-endian elements.
+#[inline(always)]
+unsafe fn decode_unit<F: Codec>(src: *const u8) -> [F32x8; 2] {
+    // SAFETY: the caller vouches for 16 readable elements.
+    let code = |i: usize| unsafe {
+        match F::BYTES {
+            1 => u32::from(*src.add(i)),
+            2 => u32::from(u16::from_le(src.cast::<u16>().add(i).read_unaligned())),
+            _ => u32::from_le(src.cast::<u32>().add(i).read_unaligned()),
+        }
+    };
+    [0, 8].map(|first| F32x8(std::array::from_fn(|i| decode_one::<F>(code(first + i)))))
+}
+
 // SAFETY of every `unsafe` block below: accesses are those the trait's methods name.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Simd for Portable {
@@ -169,18 +183,12 @@ impl Simd for Portable {
 
     #[inline(always)]
     unsafe fn decode<F: Codec>(src: *const u8, n: usize) -> [F32x8; 2] {
-        if n < Self::UNIT {
-            let buffer = unsafe { copy_tail::<64>(src, n * F::BYTES) };
-            return unsafe { Self::decode::<F>(buffer.as_ptr(), Self::UNIT) };
-        }
-        let code = |i: usize| unsafe {
-            match F::BYTES {
-                1 => u32::from(*src.add(i)),
-                2 => u32::from(src.cast::<u16>().add(i).read_unaligned()),
-                _ => src.cast::<u32>().add(i).read_unaligned(),
+        unsafe {
+            if n < Self::UNIT {
+                return decode_unit::<F>(copy_tail::<64>(src, n * F::BYTES).as_ptr());
             }
-        };
-        [0, 8].map(|first| F32x8(std::array::from_fn(|i| decode_one::<F>(code(first + i)))))
+            decode_unit::<F>(src)
+        }
     }
 
     fn decode_scale(_: KvFormat) -> f32 {
