@@ -16,7 +16,7 @@ use super::rows::{ScaleRows, TILE_SLOTS, Tile, scatter};
 use super::threads::{self, Job};
 use super::*;
 use crate::args::RowStrides;
-use crate::codec::{absmax_scaled_slice, encode_slice};
+use crate::codec::{ScaleRow, absmax_scaled_slice, absmax_slice, encode_slice};
 use crate::layout::{AddressMap, Half};
 use crate::scale::dynamic_scale;
 
@@ -202,9 +202,23 @@ impl<T: Element> Write<'_, T> {
         let row = &self.rows.data[self.rows.strides.index(token, head)..][..self.dim];
         let mut scale = self.rows.scales.row(head, self.dim);
         if let Some(own) = own {
-            *own = dynamic_scale(absmax_scaled_slice(self.isa, row, scale), self.format);
+            *own = dynamic_scale(self.absmax(row, scale), self.format);
             scale = scale.with_dynamic(*own);
         }
         encode_slice(self.isa, self.format, row, scale, dst);
+    }
+
+    /// max |x / scale| of a row. Dividing by one positive number, and rounding, keep the order, so
+    /// that one division of the largest |x| will do. (Where infinities are, which count as
+    /// `f32::MAX` only after the division, every element is divided.)
+    #[inline]
+    fn absmax(&self, row: &[T], scale: ScaleRow<'_>) -> f32 {
+        if let ScaleRow::One(scale) = scale
+            && let absmax = absmax_slice(self.isa, row)
+            && absmax < f32::MAX
+        {
+            return absmax / scale;
+        }
+        absmax_scaled_slice(self.isa, row, scale)
     }
 }
