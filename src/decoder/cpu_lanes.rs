@@ -96,6 +96,25 @@ pub(super) mod x86 {
         }
     }
 
+    /// Loads and widens eight elements.
+    ///
+    /// # Safety
+    /// AVX2 and F16C exist; `from` is readable for 8 elements.
+    #[inline(always)]
+    unsafe fn load8<T: Element>(from: *const T) -> __m256 {
+        // SAFETY: the caller's promise; unaligned loads of the element's width.
+        unsafe {
+            match T::DTYPE {
+                DType::F32 => _mm256_loadu_ps(from.cast()),
+                DType::F16 => _mm256_cvtph_ps(_mm_loadu_si128(from.cast())),
+                DType::BF16 => {
+                    let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
+                }
+            }
+        }
+    }
+
     impl Lanes for Avx512 {
         #[inline(always)]
         unsafe fn zero() -> Self {
@@ -140,23 +159,8 @@ pub(super) mod x86 {
 
         #[inline(always)]
         unsafe fn load<T: Element>(from: *const T) -> Self {
-            // SAFETY: the caller's promise; unaligned loads of the element's width.
-            unsafe {
-                match T::DTYPE {
-                    DType::F32 => Avx2(_mm256_loadu_ps(from.cast()), _mm256_loadu_ps(from.add(8).cast())),
-                    DType::F16 => {
-                        let half = |at: *const T| _mm256_cvtph_ps(_mm_loadu_si128(at.cast()));
-                        Avx2(half(from), half(from.add(8)))
-                    }
-                    DType::BF16 => {
-                        let half = |at: *const T| {
-                            let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(at.cast()));
-                            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-                        };
-                        Avx2(half(from), half(from.add(8)))
-                    }
-                }
-            }
+            // SAFETY: the caller's promise, for each half.
+            unsafe { Avx2(load8(from), load8(from.add(8))) }
         }
 
         #[inline(always)]

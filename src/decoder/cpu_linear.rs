@@ -220,7 +220,14 @@ unsafe fn tile<L: Lanes, T: Element, const R: usize, const C: usize>(
                 }
             }
         }
-        sums.map(|sums| sums.map(|sum| L::fold(sum)))
+        // No closures: they would not inherit the caller's instruction set.
+        let mut folded = [[0.0; C]; R];
+        for (folded, sums) in folded.iter_mut().zip(sums) {
+            for (folded, sum) in folded.iter_mut().zip(sums) {
+                *folded = sum.fold();
+            }
+        }
+        folded
     }
 }
 
