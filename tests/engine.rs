@@ -58,6 +58,7 @@ fn run(config: EngineConfig, requests: &[Request]) -> (Vec<Vec<Output>>, Stats) 
             stream.1.push_str(event.text);
         })
         .unwrap();
+    assert_eq!(engine.blocks_in_use(), 0, "all blocks are given back");
     let outputs: Vec<Vec<Output>> = numbers.iter().map(|n| engine.outputs(*n).unwrap().to_vec()).collect();
     for (outputs, streamed) in outputs.iter().zip(&streamed) {
         for (output, (tokens, text)) in outputs.iter().zip(streamed) {
@@ -152,10 +153,11 @@ fn first_batch_scales_are_the_golden_ones() {
             let got = engine.cache().scales(layer).unwrap();
             for (got, expected) in [(got.k.get(0, 0), &expected[0]), (got.v.get(0, 0), &expected[1])] {
                 let expected = expected.as_f64().unwrap();
-                // Before the first cache sums differ in their order only. After it a key that lies
-                // between two codes may have fallen to the other one, 2^-4 of itself away, and one
-                // of the 160 or fewer keys and values a maximum is made of moves with it.
-                let tolerance = if layer == 0 { 1e-5 } else { 1.0 / 16.0 / 16.0 };
+                // Before the first attention sums differ in their order only. After it there is a
+                // trap in the rule itself: the largest key divided by its scale is 200, the
+                // largest value 100, both half-way between two codes, so the last bit of a sum
+                // decides which one, 4 % apart. What follows moves by that at most.
+                let tolerance = if layer == 0 { 1e-5 } else { 0.04 };
                 assert!((f64::from(got) - expected).abs() <= tolerance * expected, "layer {layer}: {got} {expected}");
             }
         }
@@ -352,4 +354,44 @@ fn engines_of_no_size_are_refused() {
     ] {
         assert!(Engine::new(&mut model, None, config, &scales).is_err(), "{config:?}");
     }
+}
+
+/// Random requests in random caches: any mix of chunks, forks, shared beginnings, swaps and
+/// recomputation gives what a roomy cache gives, and gives all blocks back.
+#[test]
+fn random_pressure_changes_nothing() {
+    use rand::rngs::ChaCha8Rng;
+    use rand::{RngExt, SeedableRng};
+    let mut rng = ChaCha8Rng::seed_from_u64(7);
+    let text = prompts()[3].clone();
+    let (mut swapped, mut recomputed, mut copied, mut shared) = (0, 0, 0, 0);
+    for case in 0..40 {
+        let requests: Vec<Request> = (0..rng.random_range(1..6))
+            .map(|i| {
+                let start = rng.random_range(0..3) * 8;
+                let prompt = text[start..start + rng.random_range(1..60)].to_vec();
+                let max_tokens = rng.random_range(1..40);
+                Request { max_tokens, ..seeded(prompt, rng.random_range(1..4), i) }
+            })
+            .collect();
+        let expected = tokens(&run(roomy(), &requests).0);
+        let largest = requests.iter().map(|r| (r.prompt.len() + r.max_tokens - 1).div_ceil(8)).max().unwrap();
+        let config = EngineConfig {
+            block_size: 8,
+            num_blocks: largest + rng.random_range(0..6),
+            swap_blocks: rng.random_range(0..3) * 8,
+            max_prefill_tokens: rng.random_range(1..40),
+            max_num_seqs: rng.random_range(1..6),
+            prefix_sharing: rng.random_range(0..2) == 1,
+            ..roomy()
+        };
+        let (outputs, stats) = run(config, &requests);
+        assert_eq!(tokens(&outputs), expected, "case {case}: {config:?}");
+        assert_eq!(stats.blocks_swapped_in, stats.blocks_swapped_out, "case {case}");
+        swapped += stats.blocks_swapped_out;
+        recomputed += stats.recomputed;
+        copied += stats.blocks_copied;
+        shared += stats.shared_tokens;
+    }
+    assert!(swapped > 0 && recomputed > 0 && copied > 0 && shared > 0, "{swapped} {recomputed} {copied} {shared}");
 }

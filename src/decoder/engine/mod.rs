@@ -134,6 +134,11 @@ impl<'m, B: Compute> Engine<'m, B> {
         Stats { blocks_peak: self.scheduler.pool.peak_in_use(), ..self.stats }
     }
 
+    /// Blocks that sequences use now; blocks kept for sharing alone are not among them.
+    pub fn blocks_in_use(&self) -> usize {
+        self.scheduler.pool.num_in_use()
+    }
+
     /// Whether some request has not ended.
     pub fn has_work(&self) -> bool {
         self.scheduler.has_work()
