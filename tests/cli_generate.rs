@@ -341,6 +341,7 @@ fn what_is_wrong_is_one_line_and_exit_code_2() {
         (vec!["--max-tokens"], "--max-tokens"),
         (vec!["--n", "0"], "at least 1"),
         (vec!["--n", "many"], "whole number"),
+        (vec!["--n", "18446744073709551615"], "the most are 4096"),
         (vec!["--temperature", "hot"], "--temperature"),
         (vec!["--temperature", "nan"], "temperature"),
         (vec!["--temperature", "inf"], "temperature"),

@@ -323,6 +323,7 @@ fn requests_that_cannot_be_served_are_refused() {
         (Request { prompt: vec![1; 512], ..ok.clone() }, "512 positions"),
         (Request { max_tokens: 0, ..ok.clone() }, "must not be zero"),
         (Request { n: 0, ..ok.clone() }, "must not be zero"),
+        (Request { n: usize::MAX, ..ok.clone() }, "the most are 4096"),
         (Request { stop: vec!["x".into()], ..ok.clone() }, "tokenizer"),
         (Request { stop: vec![String::new()], ..ok.clone() }, "must not be empty"),
     ];

@@ -94,8 +94,7 @@ fn run(args: &Args) -> Result<(), Failure> {
         let formats = ["auto", "fp8_e4m3", "fp8_e5m2"];
         let mut runs = Vec::new();
         for name in formats {
-            let mut silent = Printer::silent();
-            runs.push(generate(args, &mut session, name, &mut silent)?);
+            runs.push(generate(args, &mut session, name, true)?);
         }
         let mut out = io::stdout().lock();
         return match args.json {
@@ -105,8 +104,7 @@ fn run(args: &Args) -> Result<(), Failure> {
     }
 
     let name = args.kv_cache_dtype.as_str();
-    let mut printer = if args.json { Printer::silent() } else { Printer::new(&session, args.n) };
-    let report = generate(args, &mut session, name, &mut printer)?;
+    let report = generate(args, &mut session, name, args.json)?;
     let mut out = io::stdout().lock();
     match args.json {
         true => writeln!(out, "{}", report::json(&session, &report))?,
@@ -115,20 +113,22 @@ fn run(args: &Args) -> Result<(), Failure> {
     Ok(out.flush()?)
 }
 
-/// Runs all prompts through one cache.
-fn generate(args: &Args, session: &mut Session, dtype: &str, printer: &mut Printer) -> Result<RunReport, Failure> {
+/// Runs all prompts through one cache, and unless `silent` prints text as it comes.
+fn generate(args: &Args, session: &mut Session, dtype: &str, silent: bool) -> Result<RunReport, Failure> {
     let dtype: KvCacheDtype = dtype.parse()?;
     let plan = session.plan(args, dtype)?;
     let requests = session.requests(args)?;
     let prompt_tokens: usize = requests.iter().map(|request| request.prompt.len()).sum();
 
+    let prompts = &session.prompts;
     let mut engine = Engine::new(&mut session.model, session.tokenizer.clone(), plan.engine, &plan.scales)?;
     for (number, request) in requests.into_iter().enumerate() {
-        engine.add_request(request).map_err(|error| setup::explain(number, session.prompts.len(), error))?;
+        engine.add_request(request).map_err(|error| setup::explain(number, prompts.len(), error))?;
     }
     // Not before: a refused request is to be the only line.
     let warnings = std::mem::take(&mut session.notes).into_iter().chain(plan.scales.warnings.iter().cloned());
     warnings.for_each(|text| note("warning", &text));
+    let mut printer = if silent { Printer::silent() } else { Printer::new(prompts, args.n) };
     let bar = progress(Some(prompt_tokens).filter(|tokens| *tokens > args.max_prefill_tokens));
     while engine.has_work() {
         let mut written = Ok(());
@@ -146,7 +146,7 @@ fn generate(args: &Args, session: &mut Session, dtype: &str, printer: &mut Print
     }
     bar.finish_and_clear();
     printer.finish()?;
-    Ok(RunReport::new(&engine, dtype, &plan, session.prompts.len())?)
+    Ok(RunReport::new(&engine, dtype, &plan, prompts.len())?)
 }
 
 /// A bar over `total` prompt tokens, or a spinner for loading; neither unless stderr is a terminal.

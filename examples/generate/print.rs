@@ -8,7 +8,7 @@ use std::io::{self, Write};
 use quantkv::decoder::engine::Event;
 
 use crate::report::RunReport;
-use crate::setup::Session;
+use crate::setup::{Prompt, Session};
 
 /// Characters of a text in a table.
 const TEXT_COLUMN: usize = 60;
@@ -32,9 +32,9 @@ struct Sample {
 }
 
 impl Printer {
-    pub fn new(session: &Session, n: usize) -> Self {
-        let many = session.prompts.len() > 1;
-        let samples = session.prompts.iter().enumerate().flat_map(|(number, prompt)| {
+    pub fn new(prompts: &[Prompt], n: usize) -> Self {
+        let many = prompts.len() > 1;
+        let samples = prompts.iter().enumerate().flat_map(|(number, prompt)| {
             let title = if many { format!("[prompt {}]\n", number + 1) } else { String::new() };
             (0..n).map(move |sample| {
                 let head = match (sample, n) {

@@ -1,5 +1,6 @@
 //! From flags and a model folder to requests and an engine's sizes.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -20,6 +21,7 @@ const BUNDLED_PROMPT: &str = "Tom's silver coin is in the quiet garden. The wind
     Ana's old map was left in the tall tower. Where is Tom's coin?";
 const DEFAULT_KV_MEMORY: usize = 64 << 20;
 const DEFAULT_SWAP_MEMORY: usize = 64 << 20;
+const MAX_PROMPTS_FILE: u64 = 64 << 20;
 const DEFAULT_MAX_TOKENS: usize = 128;
 
 /// A prompt as text and as tokens.
@@ -199,7 +201,13 @@ fn bundled_model() -> Result<PathBuf, Failure> {
 }
 
 fn read_lines(path: &Path) -> Result<Vec<String>, Failure> {
-    let text = std::fs::read_to_string(path).map_err(|error| Failure::User(format!("{}: {error}", path.display())))?;
+    let failed = |error: std::io::Error| Failure::User(format!("{}: {error}", path.display()));
+    let mut text = String::new();
+    let file = std::fs::File::open(path).map_err(failed)?;
+    file.take(MAX_PROMPTS_FILE).read_to_string(&mut text).map_err(failed)?;
+    if text.len() as u64 == MAX_PROMPTS_FILE {
+        return Err(Failure::User(format!("{} is larger than {MAX_PROMPTS_FILE} bytes", path.display())));
+    }
     let lines: Vec<String> = text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect();
     match lines.is_empty() {
         true => Err(Failure::User(format!("{} has no prompts, one is expected a line", path.display()))),

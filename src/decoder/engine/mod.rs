@@ -34,6 +34,9 @@ use crate::cache::{HostPool, PagedKvCache};
 use crate::error::{Error, Result};
 use crate::format::KvFormat;
 
+/// Samples one request may ask for.
+const MAX_SAMPLES: usize = 4096;
+
 /// Sizes and switches of an [`Engine`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct EngineConfig {
@@ -197,6 +200,9 @@ impl<'m, B: Compute> Engine<'m, B> {
         }
         if request.n == 0 || request.max_tokens == 0 {
             return invalid("the number of samples and the tokens to generate must not be zero".into());
+        }
+        if request.n > MAX_SAMPLES {
+            return invalid(format!("{} samples are asked for; the most are {MAX_SAMPLES}", request.n));
         }
         if request.stop.iter().any(String::is_empty) {
             return invalid("a stop text must not be empty".into());
