@@ -3,8 +3,8 @@
 //! `cargo bench --bench paged_attention` checks the kernels against the specification on a small
 //! case, times a grid of decode shapes and two prefill chunks with criterion, and ends with a table
 //! of the shapes that do not fit in any cache beside a plain read of memory by as many threads,
-//! measured alternately with them. `cargo bench --bench paged_attention -- table` prints the table
-//! alone.
+//! measured alternately with them. `cargo bench --bench paged_attention -- table [words]` prints
+//! the table alone, of the shapes with these words in their names.
 
 use std::hint::black_box;
 use std::ops::Range;
@@ -253,7 +253,7 @@ fn tenth(times: &mut [f64]) -> f64 {
 }
 
 /// The table: GB/s, and their share of a plain read measured alternately.
-fn table() {
+fn table(words: &[String]) {
     const CALLS: usize = 160;
     const PIECE: usize = 8 << 20;
     let buffer: Vec<u64> = (0..(256 << 20) / 8).collect();
@@ -281,6 +281,9 @@ fn table() {
     let single = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
     for (shape, isa) in shapes {
         let Some(backend) = CpuBackend::with_isa(isa) else { continue };
+        if !words.iter().all(|word| format!("{} {isa}", shape.name()).contains(word.as_str())) {
+            continue;
+        }
         let mut case = Case::new(shape);
         case.run(&backend);
         // One sequence and one piece of the buffer a call, in turn: calls short against a time
@@ -307,8 +310,8 @@ fn main() {
     if std::env::args().any(|arg| arg == "--test") {
         return;
     }
-    let only_table = std::env::args().any(|arg| arg == "table");
-    if !only_table {
+    let words: Vec<_> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    if words.first().is_none_or(|word| word != "table") {
         let mut criterion = Criterion::default().configure_from_args();
         let mut decode = vec![];
         for format in [KvFormat::BF16, KvFormat::Fp8E4M3, KvFormat::Fp8E5M2] {
@@ -327,5 +330,5 @@ fn main() {
         bench_shapes(&mut criterion, "prefill", &[prefill(512, 512), prefill(4096, 256)]);
         criterion.final_summary();
     }
-    table();
+    table(words.get(1..).unwrap_or_default());
 }
