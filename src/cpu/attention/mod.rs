@@ -16,6 +16,9 @@ mod portable;
 mod simd;
 mod tile;
 
+#[cfg(test)]
+mod tests;
+
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
