@@ -6,8 +6,6 @@
 
 use std::path::PathBuf;
 
-use crate::format::KvFormat;
-
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
@@ -40,17 +38,6 @@ pub enum Error {
         value: usize,
         /// What is supported, in words.
         supported: &'static str,
-    },
-
-    /// An operation that the given storage format cannot serve.
-    #[error("{operation} does not support the storage format {format}: {reason}")]
-    UnsupportedFormat {
-        /// The operation's name.
-        operation: &'static str,
-        /// The format given.
-        format: KvFormat,
-        /// Why not.
-        reason: &'static str,
     },
 
     /// A size computed from the arguments does not fit in `usize`.
