@@ -30,8 +30,9 @@ pub(super) fn copy_blocks(op: CopyBlocks<'_, '_, CpuBackend>) {
 
 pub(super) fn swap_blocks<S, D>(op: SwapBlocks<'_, '_, S, D>)
 where
-    S: for<'a> Memory<Ref<'a, u8> = &'a [u8], Ref<'a, f32> = &'a [f32]>,
-    D: for<'a> Memory<Mut<'a, u8> = &'a mut [u8], Mut<'a, f32> = &'a mut [f32]>,
+    // Two bounds each: Rust 1.89 takes one value of an associated type per bound.
+    S: for<'a> Memory<Ref<'a, u8> = &'a [u8]> + for<'a> Memory<Ref<'a, f32> = &'a [f32]>,
+    D: for<'a> Memory<Mut<'a, u8> = &'a mut [u8]> + for<'a> Memory<Mut<'a, f32> = &'a mut [f32]>,
 {
     let mut tasks = Vec::with_capacity(2 * op.src.len());
     for (from, to) in op.src.iter().zip(op.dst.iter_mut()) {
