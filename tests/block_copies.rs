@@ -36,14 +36,14 @@ impl Layer {
 
     fn as_ref<'a, M>(&'a self) -> LayerRef<'a, M>
     where
-        M: Memory<Ref<'a, u8> = &'a [u8], Ref<'a, f32> = &'a [f32]>,
+        M: Memory<Ref<'a, u8> = &'a [u8]> + Memory<Ref<'a, f32> = &'a [f32]>,
     {
         LayerRef { k: &self.k, v: &self.v, k_dynamic: self.k_dynamic.as_deref(), v_dynamic: self.v_dynamic.as_deref() }
     }
 
     fn as_mut<'a, M>(&'a mut self) -> LayerMut<'a, M>
     where
-        M: Memory<Mut<'a, u8> = &'a mut [u8], Mut<'a, f32> = &'a mut [f32]>,
+        M: Memory<Mut<'a, u8> = &'a mut [u8]> + Memory<Mut<'a, f32> = &'a mut [f32]>,
     {
         LayerMut {
             k: &mut self.k,
