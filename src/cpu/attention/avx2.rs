@@ -9,20 +9,27 @@
 use std::arch::x86_64::*;
 
 use super::kernels;
-use super::kernels::{Decode, Kernels, Pv, Qk, Softmax};
+use super::kernels::{Ahead, Decode, Kernels, Pv, Qk, Softmax};
 use super::simd::{Simd, copy_tail};
 use crate::codec::Codec;
 use crate::format::KvFormat;
 
 /// The kernels for elements of format `F`.
 pub(super) fn kernels<F: Codec>() -> Kernels {
-    Kernels { qk: qk::<F>, pv: pv::<F>, decode: decode::<F>, softmax, decode_scale: Avx2::decode_scale(F::FORMAT) }
+    Kernels {
+        qk: qk::<F>,
+        pv: pv::<F>,
+        decode: decode::<F>,
+        softmax,
+        prefetch,
+        decode_scale: Avx2::decode_scale(F::FORMAT),
+    }
 }
 
 macro_rules! with_features {
-    ($(unsafe fn $name:ident $(<$F:ident: Codec>)? ($arg:ident: $ty:ty) $(-> $ret:ty)? = $body:expr;)*) => {$(
+    ($(unsafe fn $name:ident $(<$F:ident: Codec>)? ($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:expr;)*) => {$(
         #[target_feature(enable = "avx2,fma,f16c")]
-        unsafe fn $name $(<$F: Codec>)? ($arg: $ty) $(-> $ret)? {
+        unsafe fn $name $(<$F: Codec>)? ($($arg: $ty),*) $(-> $ret)? {
             // SAFETY: the caller's promises; this function enables what `Avx2` executes.
             unsafe { $body }
         }
@@ -33,6 +40,7 @@ with_features! {
     unsafe fn qk<F: Codec>(a: &Qk<'_>) = kernels::qk::<Avx2, F, 8, 4, 2, 1>(a);
     unsafe fn pv<F: Codec>(a: &Pv<'_>) = kernels::pv::<Avx2, F>(a);
     unsafe fn decode<F: Codec>(a: &Decode<'_>) = kernels::decode::<Avx2, F>(a);
+    unsafe fn prefetch(a: &Ahead<'_>, tokens: usize) = kernels::prefetch::<Avx2>(a, tokens);
     unsafe fn softmax(a: &Softmax) -> (f32, f32) = kernels::softmax::<Avx2>(a);
 }
 

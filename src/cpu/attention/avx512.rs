@@ -14,20 +14,27 @@
 
 use std::arch::x86_64::*;
 
-use super::kernels::{Decode, Kernels, Pv, Qk, Softmax};
+use super::kernels::{Ahead, Decode, Kernels, Pv, Qk, Softmax};
 use super::{kernels, simd::Simd};
 use crate::codec::{Codec, e4m3, e4m3fnuz, e5m2};
 use crate::format::KvFormat;
 
 /// The kernels for elements of format `F`.
 pub(super) fn kernels<F: Codec>() -> Kernels {
-    Kernels { qk: qk::<F>, pv: pv::<F>, decode: decode::<F>, softmax, decode_scale: Avx512::decode_scale(F::FORMAT) }
+    Kernels {
+        qk: qk::<F>,
+        pv: pv::<F>,
+        decode: decode::<F>,
+        softmax,
+        prefetch,
+        decode_scale: Avx512::decode_scale(F::FORMAT),
+    }
 }
 
 macro_rules! with_features {
-    ($(unsafe fn $name:ident $(<$F:ident: Codec>)? ($arg:ident: $ty:ty) $(-> $ret:ty)? = $body:expr;)*) => {$(
+    ($(unsafe fn $name:ident $(<$F:ident: Codec>)? ($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:expr;)*) => {$(
         #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx2,fma,f16c")]
-        unsafe fn $name $(<$F: Codec>)? ($arg: $ty) $(-> $ret)? {
+        unsafe fn $name $(<$F: Codec>)? ($($arg: $ty),*) $(-> $ret)? {
             // SAFETY: the caller's promises; this function enables what `Avx512` executes.
             unsafe { $body }
         }
@@ -38,6 +45,7 @@ with_features! {
     unsafe fn qk<F: Codec>(a: &Qk<'_>) = kernels::qk::<Avx512, F, 16, 8, 4, 2>(a);
     unsafe fn pv<F: Codec>(a: &Pv<'_>) = kernels::pv::<Avx512, F>(a);
     unsafe fn decode<F: Codec>(a: &Decode<'_>) = kernels::decode::<Avx512, F>(a);
+    unsafe fn prefetch(a: &Ahead<'_>, tokens: usize) = kernels::prefetch::<Avx512>(a, tokens);
     unsafe fn softmax(a: &Softmax) -> (f32, f32) = kernels::softmax::<Avx512>(a);
 }
 

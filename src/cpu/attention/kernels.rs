@@ -109,6 +109,8 @@ pub(super) struct Kernels {
     pub(super) decode: unsafe fn(&Decode<'_>),
     /// Returns the new maximum and the sum of the probabilities.
     pub(super) softmax: unsafe fn(&Softmax) -> (f32, f32),
+    /// Prefetches the first rows.
+    pub(super) prefetch: unsafe fn(&Ahead<'_>, usize),
     /// See [`Simd::decode_scale`].
     pub(super) decode_scale: f32,
 }
@@ -166,13 +168,11 @@ unsafe fn qk_rows<S: Simd, F: Codec, const R: usize, const T: usize>(a: &Qk<'_>,
             for t in 0..T {
                 prefetch_row::<S>(a.ahead.rows[t0 + t], ahead_bytes);
             }
-            let mut d = 0;
-            while d + S::UNIT <= a.dim {
-                qk_unit::<S, F, R, T>(a, q, t0, d, S::UNIT, &mut acc);
-                d += S::UNIT;
-            }
-            if d < a.dim {
-                qk_unit::<S, F, R, T>(a, q, t0, d, a.dim - d, &mut acc);
+            for t in (0..T).step_by(2) {
+                match T {
+                    1 => qk_tokens::<S, F, R, T, 1>(a, q, t0, t, &mut acc),
+                    _ => qk_tokens::<S, F, R, T, 2>(a, q, t0, t, &mut acc),
+                }
             }
             let mut sums = [0.0f32; 16];
             S::store(sums.as_mut_ptr(), S::sum_each(&acc));
@@ -185,24 +185,72 @@ unsafe fn qk_rows<S: Simd, F: Codec, const R: usize, const T: usize>(a: &Qk<'_>,
     R
 }
 
-/// Adds the products of channels `d..d+n` to `acc[r*T + t]`.
+/// The products of `P` tokens, all of them in registers, so that each query vector loaded serves `P`
+/// rows; `acc[r*T + t]` at the end.
+// Index loops of constant length over arrays of registers: what the compiler unrolls.
+#[allow(clippy::needless_range_loop)]
 #[inline(always)]
-unsafe fn qk_unit<S: Simd, F: Codec, const R: usize, const T: usize>(
+unsafe fn qk_tokens<S: Simd, F: Codec, const R: usize, const T: usize, const P: usize>(
     a: &Qk<'_>,
     q: *const f32,
     t0: usize,
-    d: usize,
-    n: usize,
+    t: usize,
     acc: &mut [S::V; 16],
 ) {
-    for t in 0..T {
-        // SAFETY: see `qk_rows`; d + n <= dim, and `q` rows are padded to whole units.
-        unsafe {
-            let x = S::decode::<F>(a.keys[t0 + t].add(d * F::BYTES), n);
-            for (v, &x) in x.as_ref().iter().enumerate() {
-                for r in 0..R {
-                    let q = S::load(q.add(r * a.q_stride + d + v * S::LANES));
-                    acc[r * T + t] = S::fma(x, q, acc[r * T + t]);
+    // SAFETY: see `qk_rows`; t + P <= T.
+    unsafe {
+        let mut own = [[S::splat(0.0); P]; R];
+        let mut rows = [a.keys[t0 + t]; P];
+        for i in 1..P {
+            rows[i] = a.keys[t0 + t + i];
+        }
+        let mut d = 0;
+        while d + S::UNIT <= a.dim {
+            qk_unit::<S, F, R, P>(a.q_stride, q, &rows, d, S::UNIT, &mut own);
+            d += S::UNIT;
+        }
+        if d < a.dim {
+            qk_unit::<S, F, R, P>(a.q_stride, q, &rows, d, a.dim - d, &mut own);
+        }
+        for r in 0..R {
+            for i in 0..P {
+                acc[r * T + t + i] = own[r][i];
+            }
+        }
+    }
+}
+
+/// Prefetches the first `tokens` rows: an item's first tile, which no kernel before it could.
+#[inline(always)]
+pub(super) unsafe fn prefetch<S: Simd>(a: &Ahead<'_>, tokens: usize) {
+    for row in &a.rows[..tokens] {
+        // SAFETY: as in `prefetch_row`.
+        unsafe { prefetch_row::<S>(*row, a.bytes) };
+    }
+}
+
+/// Adds the products of channels `d..d+n`.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+unsafe fn qk_unit<S: Simd, F: Codec, const R: usize, const P: usize>(
+    q_stride: usize,
+    q: *const f32,
+    rows: &[*const u8; P],
+    d: usize,
+    n: usize,
+    acc: &mut [[S::V; P]; R],
+) {
+    // SAFETY: see `qk_rows`; d + n <= dim, and `q` rows are padded to whole units.
+    unsafe {
+        let mut x = [S::decode::<F>(rows[0].add(d * F::BYTES), n); P];
+        for i in 1..P {
+            x[i] = S::decode::<F>(rows[i].add(d * F::BYTES), n);
+        }
+        for v in 0..S::VECS {
+            for r in 0..R {
+                let q = S::load(q.add(r * q_stride + d + v * S::LANES));
+                for i in 0..P {
+                    acc[r][i] = S::fma(x[i].as_ref()[v], q, acc[r][i]);
                 }
             }
         }

@@ -5,14 +5,14 @@
 //! the fields are shifted into place and rebiased; subnormals are their mantissa as an integer
 //! times the format's smallest value.
 
-use super::kernels::{self, Decode, Kernels, Pv, Qk, Softmax};
+use super::kernels::{self, Ahead, Decode, Kernels, Pv, Qk, Softmax};
 use super::simd::{Simd, copy_tail};
 use crate::codec::Codec;
 use crate::format::KvFormat;
 
 /// The kernels for elements of format `F`.
 pub(super) fn kernels<F: Codec>() -> Kernels {
-    Kernels { qk: qk::<F>, pv: pv::<F>, decode: decode::<F>, softmax, decode_scale: 1.0 }
+    Kernels { qk: qk::<F>, pv: pv::<F>, decode: decode::<F>, softmax, prefetch, decode_scale: 1.0 }
 }
 
 unsafe fn qk<F: Codec>(a: &Qk<'_>) {
@@ -26,6 +26,10 @@ unsafe fn pv<F: Codec>(a: &Pv<'_>) {
 unsafe fn decode<F: Codec>(a: &Decode<'_>) {
     // SAFETY: the caller's promises.
     unsafe { kernels::decode::<Portable, F>(a) }
+}
+unsafe fn prefetch(a: &Ahead<'_>, tokens: usize) {
+    // SAFETY: the caller's promises.
+    unsafe { kernels::prefetch::<Portable>(a, tokens) }
 }
 unsafe fn softmax(a: &Softmax) -> (f32, f32) {
     // SAFETY: the caller's promises.

@@ -198,6 +198,11 @@ pub(super) fn attend(ctx: &Context<'_>, span: &Span, scratch: &mut Scratch) {
 
     let mut start = first - first % TILE;
     let mut found = find(ctx, span, start, first, end);
+    if !packed.k {
+        let ahead = Ahead { rows: &found.k, bytes: row_bytes(Half::K, false) };
+        // SAFETY: a prefetch reads nothing.
+        unsafe { (ctx.kernels.k.prefetch)(&ahead, found.len) };
+    }
     while start < end {
         let next = find(ctx, span, start + TILE, first, end);
         let len = found.len;
