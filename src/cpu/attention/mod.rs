@@ -52,6 +52,10 @@ pub(super) fn run<T: Element>(op: PagedAttention<'_, CpuBackend, T>, isa: Isa, f
         alibi_slopes: op.alibi_slopes,
         faults: FaultWord::default(),
         kernels: Pair { k: Kernels::of(isa, spec.k_format), v: Kernels::of(isa, spec.v_format) },
+        packed: Pair {
+            k: !op.shape.k_map.rows_are_contiguous(spec.k_head_dim),
+            v: !op.shape.v_map.rows_are_contiguous(spec.v_head_dim),
+        },
         decoded: Kernels::of(isa, KvFormat::F32),
     };
     let call = Call {

@@ -38,6 +38,8 @@ pub(super) struct Context<'a> {
     /// Blocks outside the cache, found on the way.
     pub(super) faults: FaultWord,
     pub(super) kernels: Pair<Kernels>,
+    /// Whether rows lie in pieces and must be gathered.
+    pub(super) packed: Pair<bool>,
     /// Kernels over decoded tiles.
     pub(super) decoded: Kernels,
 }
@@ -86,6 +88,9 @@ pub(super) struct Scratch {
     q_stride: usize,
     acc_stride: usize,
     rows: usize,
+    /// f32 of the decoded tile and of unpacked codes; zero where no item needs them.
+    tile: usize,
+    codes: usize,
     /// Running maximum, sum, and last factor of each row.
     pub(super) max: Vec<f32>,
     pub(super) sum: Vec<f32>,
@@ -107,13 +112,17 @@ impl Scratch {
     /// Buffers for items of at most `rows` query rows.
     pub(super) fn new(ctx: &Context<'_>, rows: usize) -> Self {
         let spec = &ctx.shape.spec;
-        let rows = padded_rows(rows);
         let (q_stride, acc_stride) = (spec.k_head_dim.next_multiple_of(PAD), spec.v_head_dim.next_multiple_of(PAD));
+        let tile_if = |needed: bool| if needed { TILE * q_stride.max(acc_stride) } else { 0 };
+        let (tile, codes) = (tile_if(rows > DIRECT_ROWS), tile_if(ctx.packed.k || ctx.packed.v));
+        let rows = padded_rows(rows);
         let mut scratch = Scratch {
             lines: Vec::new(),
             q_stride,
             acc_stride,
             rows,
+            tile,
+            codes,
             max: vec![0.0; rows],
             sum: vec![0.0; rows],
             alpha: vec![1.0; rows],
@@ -126,13 +135,12 @@ impl Scratch {
     }
 
     fn parts(&self) -> Parts {
-        let widest = self.q_stride.max(self.acc_stride);
         Parts {
             q: self.rows * self.q_stride,
             acc: self.rows * self.acc_stride,
             scores: self.rows * TILE,
-            tile: TILE * widest,
-            codes: TILE * widest,
+            tile: self.tile,
+            codes: self.codes,
             dynamic: 2 * TILE,
         }
     }
@@ -189,10 +197,7 @@ pub(super) fn attend(ctx: &Context<'_>, span: &Span, scratch: &mut Scratch) {
     let end = last.clamp(span.start as i64, span.end as i64) as usize;
     let first = span.visible(0, window).0.clamp(span.start as i64, end as i64) as usize;
     let decode_tiles = rows > DIRECT_ROWS;
-    let packed = Pair {
-        k: !ctx.shape.k_map.rows_are_contiguous(spec.k_head_dim),
-        v: !ctx.shape.v_map.rows_are_contiguous(spec.v_head_dim),
-    };
+    let packed = ctx.packed;
     let row_bytes = |half: Half, off: bool| if off { 0 } else { spec.head_dim(half) * spec.format(half).bytes() };
     let scale = if ctx.params.soft_cap.is_some() { span.scale } else { span.scale * LOG2_E };
 
