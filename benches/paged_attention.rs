@@ -246,15 +246,15 @@ fn cached_rate(backend: &CpuBackend, shape: Shape) -> f64 {
     shape.kv_bytes() as f64 / best / 1e9
 }
 
-/// The time a tenth of the calls beat.
-fn tenth(times: &mut [f64]) -> f64 {
+/// The time one call in 50 beats: on a shared machine all threads rarely run at once.
+fn undisturbed(times: &mut [f64]) -> f64 {
     times.sort_by(f64::total_cmp);
-    times[times.len() / 10]
+    times[times.len() / 50]
 }
 
 /// The table: GB/s, and their share of a plain read measured alternately.
 fn table(words: &[String]) {
-    const CALLS: usize = 160;
+    const CALLS: usize = 600;
     const PIECE: usize = 8 << 20;
     let buffer: Vec<u64> = (0..(256 << 20) / 8).collect();
     let e4m3 = |batch, context| Shape::decode(batch, context, KvFormat::Fp8E4M3);
@@ -276,7 +276,7 @@ fn table(words: &[String]) {
         (Shape::decode(8, 4096, KvFormat::Fp8E5M2), Isa::Avx2),
         (Shape::decode(4, 4096, KvFormat::BF16), Isa::Avx2),
     ];
-    println!("\n{} threads; GB/s of K and V, the best tenth of {CALLS} calls", rayon::current_num_threads());
+    println!("\n{} threads; GB/s of K and V, the best fiftieth of {CALLS} calls", rayon::current_num_threads());
     println!("{:<50} {:>7} {:>7} {:>7} {:>7} {:>10}", "shape", "isa", "GB/s", "read", "share", "cached, 1T");
     let single = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
     for (shape, isa) in shapes {
@@ -296,8 +296,8 @@ fn table(words: &[String]) {
                 black_box(read_once(black_box(piece)));
             }));
         }
-        let rate = (shape.kv_bytes() / shape.batch as u64) as f64 / tenth(&mut attention) / 1e9;
-        let read = PIECE as f64 / tenth(&mut read) / 1e9;
+        let rate = (shape.kv_bytes() / shape.batch as u64) as f64 / undisturbed(&mut attention) / 1e9;
+        let read = PIECE as f64 / undisturbed(&mut read) / 1e9;
         let share = 100.0 * rate / read;
         let cached = single.install(|| cached_rate(&backend, shape));
         println!("{:<50} {:>7} {rate:>7.2} {read:>7.2} {share:>6.0}% {cached:>10.2}", shape.name(), isa.name());
