@@ -44,6 +44,18 @@ with_features! {
     unsafe fn softmax(a: &Softmax) -> (f32, f32) = kernels::softmax::<Avx2>(a);
 }
 
+/// The methods of `Avx2` that are instructions and nothing else.
+macro_rules! instructions {
+    ($(unsafe fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:expr;)*) => {$(
+        #[inline(always)]
+        unsafe fn $name($($arg: $ty),*) $(-> $ret)? {
+            // SAFETY: the instructions belong to the features `Isa::Avx2` tests for and the shells
+            // enable; accesses are those the trait names for this method.
+            unsafe { $body }
+        }
+    )*};
+}
+
 /// The AVX2 implementation of [`Simd`].
 #[derive(Clone, Copy)]
 pub(super) struct Avx2;
@@ -92,110 +104,56 @@ unsafe fn decode_unit<F: Codec>(src: *const u8) -> [__m256; 2] {
     }
 }
 
-// SAFETY of every `unsafe` block below: the instructions belong to the features that `Isa::Avx2`
-// tests for and the shells enable; accesses are those the trait's methods name.
-#[allow(clippy::undocumented_unsafe_blocks)]
 impl Simd for Avx2 {
     type V = __m256;
     type Unit = [__m256; 2];
     const LANES: usize = 8;
     const VECS: usize = 2;
 
-    #[inline(always)]
-    unsafe fn splat(x: f32) -> __m256 {
-        unsafe { _mm256_set1_ps(x) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const f32) -> __m256 {
-        unsafe { _mm256_loadu_ps(p) }
-    }
-    #[inline(always)]
-    unsafe fn store(p: *mut f32, v: __m256) {
-        unsafe { _mm256_storeu_ps(p, v) }
-    }
-    #[inline(always)]
-    unsafe fn add(a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_add_ps(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn sub(a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_sub_ps(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn mul(a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_mul_ps(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn div(a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_div_ps(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
-        unsafe { _mm256_fmadd_ps(a, b, c) }
-    }
-    #[inline(always)]
-    unsafe fn max(a: __m256, b: __m256) -> __m256 {
-        unsafe { _mm256_max_ps(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn abs(a: __m256) -> __m256 {
-        unsafe { _mm256_andnot_ps(_mm256_set1_ps(-0.0), a) }
-    }
-    #[inline(always)]
-    unsafe fn copysign(magnitude: __m256, sign: __m256) -> __m256 {
-        unsafe {
+    instructions! {
+        unsafe fn splat(x: f32) -> __m256 = _mm256_set1_ps(x);
+        unsafe fn load(p: *const f32) -> __m256 = _mm256_loadu_ps(p);
+        unsafe fn store(p: *mut f32, v: __m256) = _mm256_storeu_ps(p, v);
+        unsafe fn add(a: __m256, b: __m256) -> __m256 = _mm256_add_ps(a, b);
+        unsafe fn sub(a: __m256, b: __m256) -> __m256 = _mm256_sub_ps(a, b);
+        unsafe fn mul(a: __m256, b: __m256) -> __m256 = _mm256_mul_ps(a, b);
+        unsafe fn div(a: __m256, b: __m256) -> __m256 = _mm256_div_ps(a, b);
+        unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 = _mm256_fmadd_ps(a, b, c);
+        unsafe fn max(a: __m256, b: __m256) -> __m256 = _mm256_max_ps(a, b);
+        unsafe fn abs(a: __m256) -> __m256 = _mm256_andnot_ps(_mm256_set1_ps(-0.0), a);
+        unsafe fn copysign(magnitude: __m256, sign: __m256) -> __m256 = {
             let mask = _mm256_set1_ps(-0.0);
             _mm256_or_ps(_mm256_and_ps(mask, sign), _mm256_andnot_ps(mask, magnitude))
-        }
-    }
-    #[inline(always)]
-    unsafe fn round(a: __m256) -> __m256 {
-        unsafe { _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
-    }
-    #[inline(always)]
-    unsafe fn pow2(n: __m256) -> __m256 {
-        unsafe {
+        };
+        unsafe fn round(a: __m256) -> __m256 = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+        unsafe fn pow2(n: __m256) -> __m256 = {
             let exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
             _mm256_castsi256_ps(_mm256_slli_epi32::<23>(exponent))
-        }
-    }
-    #[inline(always)]
-    unsafe fn zero_where_less(x: __m256, limit: __m256, v: __m256) -> __m256 {
-        unsafe { _mm256_and_ps(_mm256_cmp_ps::<_CMP_NLT_UQ>(x, limit), v) }
-    }
-    #[inline(always)]
-    unsafe fn largest(v: __m256) -> f32 {
-        unsafe {
+        };
+        unsafe fn zero_where_less(x: __m256, limit: __m256, v: __m256) -> __m256 = {
+            _mm256_and_ps(_mm256_cmp_ps::<_CMP_NLT_UQ>(x, limit), v)
+        };
+        unsafe fn largest(v: __m256) -> f32 = {
             let v = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
             let v = _mm_max_ps(v, _mm_movehl_ps(v, v));
             _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)))
-        }
-    }
-    #[inline(always)]
-    unsafe fn sum(v: __m256) -> f32 {
-        unsafe {
+        };
+        unsafe fn sum(v: __m256) -> f32 = {
             let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
             let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
             _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn sum_each(a: &[__m256; 16]) -> __m256 {
-        unsafe {
+        };
+        unsafe fn sum_each(a: &[__m256; 16]) -> __m256 = {
             let quads = |i: usize| _mm256_hadd_ps(_mm256_hadd_ps(a[i], a[i + 1]), _mm256_hadd_ps(a[i + 2], a[i + 3]));
             let (x, y) = (quads(0), quads(4));
             _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(x, y), _mm256_permute2f128_ps::<0x31>(x, y))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn prefetch(p: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        };
+        unsafe fn prefetch(p: *const u8) = _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
 
     #[inline(always)]
     unsafe fn decode<F: Codec>(src: *const u8, n: usize) -> [__m256; 2] {
+        // SAFETY: as in `instructions`; a short row is copied first.
         unsafe {
             if n < Self::UNIT {
                 return decode_unit::<F>(copy_tail::<64>(src, n * F::BYTES).as_ptr());

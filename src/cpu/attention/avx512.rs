@@ -125,62 +125,40 @@ unsafe fn lookup<F: Codec>(codes: __m512i) -> [__m512; 4] {
     }
 }
 
+/// The methods of `Avx512` that are instructions and nothing else.
+macro_rules! instructions {
+    ($(unsafe fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:expr;)*) => {$(
+        #[inline(always)]
+        unsafe fn $name($($arg: $ty),*) $(-> $ret)? {
+            // SAFETY: the instructions belong to the features `Isa::Avx512` tests for and the shells
+            // enable; accesses are those the trait names for this method.
+            unsafe { $body }
+        }
+    )*};
+}
+
 /// The AVX-512 implementation of [`Simd`].
 #[derive(Clone, Copy)]
 pub(super) struct Avx512;
 
-// SAFETY of every `unsafe` block below: the instructions belong to the features that `Isa::Avx512`
-// tests for and the shells enable; accesses are those the trait's methods name.
-#[allow(clippy::undocumented_unsafe_blocks)]
 impl Simd for Avx512 {
     type V = __m512;
     type Unit = [__m512; 4];
     const LANES: usize = 16;
     const VECS: usize = 4;
 
-    #[inline(always)]
-    unsafe fn splat(x: f32) -> __m512 {
-        unsafe { _mm512_set1_ps(x) }
-    }
-    #[inline(always)]
-    unsafe fn load(p: *const f32) -> __m512 {
-        unsafe { _mm512_loadu_ps(p) }
-    }
-    #[inline(always)]
-    unsafe fn store(p: *mut f32, v: __m512) {
-        unsafe { _mm512_storeu_ps(p, v) }
-    }
-    #[inline(always)]
-    unsafe fn add(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_add_ps(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn sub(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_sub_ps(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn mul(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_mul_ps(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn div(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_div_ps(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
-        unsafe { _mm512_fmadd_ps(a, b, c) }
-    }
-    #[inline(always)]
-    unsafe fn max(a: __m512, b: __m512) -> __m512 {
-        unsafe { _mm512_max_ps(a, b) }
-    }
-    #[inline(always)]
-    unsafe fn abs(a: __m512) -> __m512 {
-        unsafe { _mm512_abs_ps(a) }
-    }
-    #[inline(always)]
-    unsafe fn copysign(magnitude: __m512, sign: __m512) -> __m512 {
-        unsafe {
+    instructions! {
+        unsafe fn splat(x: f32) -> __m512 = _mm512_set1_ps(x);
+        unsafe fn load(p: *const f32) -> __m512 = _mm512_loadu_ps(p);
+        unsafe fn store(p: *mut f32, v: __m512) = _mm512_storeu_ps(p, v);
+        unsafe fn add(a: __m512, b: __m512) -> __m512 = _mm512_add_ps(a, b);
+        unsafe fn sub(a: __m512, b: __m512) -> __m512 = _mm512_sub_ps(a, b);
+        unsafe fn mul(a: __m512, b: __m512) -> __m512 = _mm512_mul_ps(a, b);
+        unsafe fn div(a: __m512, b: __m512) -> __m512 = _mm512_div_ps(a, b);
+        unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 = _mm512_fmadd_ps(a, b, c);
+        unsafe fn max(a: __m512, b: __m512) -> __m512 = _mm512_max_ps(a, b);
+        unsafe fn abs(a: __m512) -> __m512 = _mm512_abs_ps(a);
+        unsafe fn copysign(magnitude: __m512, sign: __m512) -> __m512 = {
             let mask = _mm512_set1_epi32(i32::MIN);
             // mask ? sign : magnitude
             _mm512_castsi512_ps(_mm512_ternarylogic_epi32::<0xca>(
@@ -188,32 +166,13 @@ impl Simd for Avx512 {
                 _mm512_castps_si512(sign),
                 _mm512_castps_si512(magnitude),
             ))
-        }
-    }
-    #[inline(always)]
-    unsafe fn round(a: __m512) -> __m512 {
-        unsafe { _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a) }
-    }
-    #[inline(always)]
-    unsafe fn pow2(n: __m512) -> __m512 {
-        unsafe { _mm512_scalef_ps(_mm512_set1_ps(1.0), n) }
-    }
-    #[inline(always)]
-    unsafe fn zero_where_less(x: __m512, limit: __m512, v: __m512) -> __m512 {
-        unsafe { _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, limit), v) }
-    }
-    #[inline(always)]
-    unsafe fn largest(v: __m512) -> f32 {
-        unsafe { _mm512_reduce_max_ps(v) }
-    }
-    #[inline(always)]
-    unsafe fn sum(v: __m512) -> f32 {
-        unsafe { _mm512_reduce_add_ps(v) }
-    }
-
-    #[inline(always)]
-    unsafe fn sum_each(a: &[__m512; 16]) -> __m512 {
-        unsafe {
+        };
+        unsafe fn round(a: __m512) -> __m512 = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+        unsafe fn pow2(n: __m512) -> __m512 = _mm512_scalef_ps(_mm512_set1_ps(1.0), n);
+        unsafe fn zero_where_less(x: __m512, limit: __m512, v: __m512) -> __m512 = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, limit), v);
+        unsafe fn largest(v: __m512) -> f32 = _mm512_reduce_max_ps(v);
+        unsafe fn sum(v: __m512) -> f32 = _mm512_reduce_add_ps(v);
+        unsafe fn sum_each(a: &[__m512; 16]) -> __m512 = {
             // (x, y): x0+x2, y0+y2, x1+x3, y1+y3 of each 128-bit lane.
             let pairs = |x, y| _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
             // Four inputs: their lane sums, side by side in each 128-bit lane.
@@ -226,18 +185,15 @@ impl Simd for Avx512 {
             let x = halves(quads(0), quads(4));
             let y = halves(quads(8), quads(12));
             _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(x, y), _mm512_shuffle_f32x4::<0xdd>(x, y))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn prefetch(p: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(p.cast()) }
+        };
+        unsafe fn prefetch(p: *const u8) = _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
 
     #[inline(always)]
     unsafe fn decode<F: Codec>(src: *const u8, n: usize) -> [__m512; 4] {
         let mask = if n >= 64 { u64::MAX } else { (1 << n) - 1 };
         let part = |v: usize| (mask >> (16 * v)) as u16;
+        // SAFETY: as in `instructions`; the masks keep loads to the first `n` elements.
         unsafe {
             match F::FORMAT {
                 KvFormat::F32 => {

@@ -98,8 +98,6 @@ unsafe fn decode_unit<F: Codec>(src: *const u8) -> [F32x8; 2] {
     [0, 8].map(|first| F32x8(std::array::from_fn(|i| decode_one::<F>(code(first + i)))))
 }
 
-// SAFETY of every `unsafe` block below: accesses are those the trait's methods name.
-#[allow(clippy::undocumented_unsafe_blocks)]
 impl Simd for Portable {
     type V = F32x8;
     type Unit = [F32x8; 2];
@@ -112,10 +110,12 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn load(p: *const f32) -> F32x8 {
+        // SAFETY: the caller vouches for 8 readable f32.
         F32x8(unsafe { p.cast::<[f32; 8]>().read_unaligned() })
     }
     #[inline(always)]
     unsafe fn store(p: *mut f32, v: F32x8) {
+        // SAFETY: the caller vouches for 8 writable f32.
         unsafe { p.cast::<[f32; 8]>().write_unaligned(v.0) }
     }
     #[inline(always)]
@@ -180,6 +180,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn sum_each(acc: &[F32x8; 16]) -> F32x8 {
+        // SAFETY: `sum` accesses no memory.
         F32x8(std::array::from_fn(|i| unsafe { Self::sum(acc[i]) }))
     }
     #[inline(always)]
@@ -187,6 +188,7 @@ impl Simd for Portable {
 
     #[inline(always)]
     unsafe fn decode<F: Codec>(src: *const u8, n: usize) -> [F32x8; 2] {
+        // SAFETY: the caller vouches for `n` elements; a short row is copied first.
         unsafe {
             if n < Self::UNIT {
                 return decode_unit::<F>(copy_tail::<64>(src, n * F::BYTES).as_ptr());

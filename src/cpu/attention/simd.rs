@@ -82,7 +82,7 @@ const EXP2_MIN: f32 = -126.0;
 /// `(2^f - 1) / f` on [-0.5, 0.5]: interpolation at the Chebyshev nodes. With these coefficients
 /// `1 + f q(f)` is within 9.2e-9 of `2^f`, relatively.
 const EXP2_COEFFICIENTS: [f32; 6] =
-    [0.693_147_2, 0.240_226_51, 0.055_503_57, 0.009_618_083, 0.001_339_086_3, 0.000_154_531_63];
+    [std::f32::consts::LN_2, 0.240_226_5, 0.055_503_57, 0.009_618_083, 0.001_339_086_3, 0.000_154_531_63];
 
 /// `2^x` for `x <= 127`: 0 below -126, NaN for NaN, otherwise within 2^-23 relatively (half an ulp
 /// from the last step, a quarter from the step before, 2^-26.7 from the polynomial).

@@ -145,7 +145,7 @@ impl Scratch {
         }
     }
 
-    fn split(&mut self) -> (&mut [f32], &mut [f32], &mut [f32], &mut [f32], &mut [f32], &mut [f32]) {
+    fn split(&mut self) -> [&mut [f32]; 6] {
         let parts = self.parts();
         // SAFETY: a `Line` is 16 f32 without padding.
         let all = unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len() * 16) };
@@ -154,19 +154,19 @@ impl Scratch {
         let (scores, rest) = rest.split_at_mut(parts.scores);
         let (tile, rest) = rest.split_at_mut(parts.tile);
         let (codes, dynamic) = rest.split_at_mut(parts.codes);
-        (q, acc, scores, tile, codes, dynamic)
+        [q, acc, scores, tile, codes, dynamic]
     }
 
     /// Query row `row`, to be filled with `k_head_dim` values.
     pub(super) fn query_row(&mut self, row: usize) -> &mut [f32] {
         let stride = self.q_stride;
-        &mut self.split().0[row * stride..][..stride]
+        &mut self.split()[0][row * stride..][..stride]
     }
 
     /// The accumulated values of row `row`.
     pub(super) fn acc_row(&mut self, row: usize) -> &[f32] {
         let stride = self.acc_stride;
-        &self.split().1[row * stride..][..stride]
+        &self.split()[1][row * stride..][..stride]
     }
 }
 
@@ -188,7 +188,7 @@ pub(super) fn attend(ctx: &Context<'_>, span: &Span, scratch: &mut Scratch) {
     let (mut max, mut sum) = (std::mem::take(&mut scratch.max), std::mem::take(&mut scratch.sum));
     let (mut alpha, mut visible) = (std::mem::take(&mut scratch.alpha), std::mem::take(&mut scratch.visible));
     let (q_stride, acc_stride) = (scratch.q_stride, scratch.acc_stride);
-    let (q, acc, scores, tile, codes, dynamic) = scratch.split();
+    let [q, acc, scores, tile, codes, dynamic] = scratch.split();
     acc[..rows * acc_stride].fill(0.0);
     let (k_dynamic, v_dynamic) = dynamic.split_at_mut(TILE);
 
