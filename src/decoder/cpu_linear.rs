@@ -1,25 +1,37 @@
-//! `out = x · wᵀ` on the CPU: f32 activations, weights read where and as they are stored.
+//! `out = x · wᵀ` on the CPU by the `gemm` crate, always called with one shape.
 //!
 //! ```text
 //! x   [rows, inputs]      f32
-//! w   [outputs, inputs]   f32, f16 or bf16: widened in registers, never in memory
+//! w   [outputs, inputs]   f32, f16 or bf16
 //! out [rows, outputs]     f32
 //!
-//! out[r, o] = fold(lanes),   lanes[l] = Σ_{i ≡ l mod 16} x[r, i] * w[o, i]    fused, i ascending
+//! for each panel of 8 rows of w, the panels shared among threads:
+//!     f32: in place;   f16, bf16: widened to a scratch of 8 rows
+//!     for each row of x:   out[row, panel] = gemm(panel, row)      [8, inputs] · [inputs]
 //! ```
 //!
-//! A product is 16 running sums over its own two rows, folded in halves at the end, whatever tile,
-//! thread or instruction set computes it. So a row's result is the same bits alone or in a batch
-//! of any size. General GEMM libraries do not promise that: they cut the sum by the shape of the
-//! whole product, and take other kernels for one row than for many. It costs no speed: both operands are
-//! contiguous along the sum, so nothing is packed or transposed. A tile of R×C products loads R + C
-//! vectors for R·C fused multiply-adds, and one row of activations streams the weights
-//! at the speed of memory.
+//! A row must give the same bits alone, in a batch and in a chunk of any size. GEMM libraries do not
+//! promise that: which kernel runs, and so the order of the sum, depends on the shape of the product.
+//! Here the shape depends on the weight alone: one row of activations a call, and a last panel
+//! that is short for every batch. On another instruction set `gemm` may add in another order.
+//!
+//! What it costs, as multiples of the time of plain `gemm` over the weights widened beforehand
+//! (4096×4096, two Zen 5 cores, medians of five runs):
+//!
+//! | rows of x a call | 1 row, bf16 | 1 row, f32 | 512 rows |
+//! |---|---|---|---|
+//! | 1 | 1.2 | 0.8 | 2.7 |
+//! | 16, padded with zeros | 2.6 | 2.1 | 1.4 |
+//!
+//! Decoding is the first two columns, hence one row. Panels of 8 rows stay in a second-level cache
+//! even with the widest models; wider panels were no faster.
+
+use std::ops::Range;
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::cpu_lanes::{LANES, Lanes, Portable};
+use crate::codec::{ScaleRow, as_bytes, decode_slice};
 use crate::format::Element;
 use crate::isa::Isa;
 
@@ -31,211 +43,108 @@ pub(super) enum Stored<'a> {
     BF16(&'a [bf16]),
 }
 
-/// Weight rows one task computes at a time: with the widest models about 1 MB of weights, which
-/// stay in a core's second-level cache while the activations stream past.
-const PANEL: usize = 32;
+impl Stored<'_> {
+    fn len(&self) -> usize {
+        match self {
+            Stored::F32(w) => w.len(),
+            Stored::F16(w) => w.len(),
+            Stored::BF16(w) => w.len(),
+        }
+    }
+
+    /// The elements of `range` as f32: themselves, or widened into `scratch`.
+    fn widened<'s>(&'s self, isa: Isa, range: Range<usize>, scratch: &'s mut Vec<f32>) -> &'s [f32] {
+        match self {
+            Stored::F32(w) => &w[range],
+            Stored::F16(w) => widen(isa, &w[range], scratch),
+            Stored::BF16(w) => widen(isa, &w[range], scratch),
+        }
+    }
+}
+
+fn widen<'s, T: Element>(isa: Isa, w: &[T], scratch: &'s mut Vec<f32>) -> &'s [f32] {
+    scratch.resize(w.len(), 0.0);
+    decode_slice(isa, T::DTYPE.as_kv_format(), as_bytes(w), ScaleRow::One(1.0), scratch);
+    scratch
+}
+
+/// Weight rows one call multiplies by.
+const PANEL: usize = 8;
 /// Multiply-adds below which everything stays on the calling thread.
 const PARALLEL_WORK: usize = 1 << 16;
 
 /// `out = x · wᵀ` for the `out.len() / outputs` rows of `x`. Lengths must agree.
 pub(super) fn linear(isa: Isa, x: &[f32], inputs: usize, w: Stored<'_>, out: &mut [f32], outputs: usize) {
-    match w {
-        Stored::F32(w) => run(isa, x, inputs, w, out, outputs),
-        Stored::F16(w) => run(isa, x, inputs, w, out, outputs),
-        Stored::BF16(w) => run(isa, x, inputs, w, out, outputs),
-    }
-}
-
-fn run<T: Element>(isa: Isa, x: &[f32], inputs: usize, w: &[T], out: &mut [f32], outputs: usize) {
     assert!(inputs > 0 && outputs > 0, "an empty product");
     let rows = out.len() / outputs;
     assert!(x.len() == rows * inputs && w.len() == inputs * outputs && out.len() == rows * outputs);
-    let shared = Output { data: out.as_mut_ptr(), outputs };
-    let panel = |index: usize| {
+    let shared = Output(out.as_mut_ptr());
+    let panel = |scratch: &mut Vec<f32>, index: usize| {
         let first = index * PANEL;
         let count = PANEL.min(outputs - first);
-        let w = &w[first * inputs..(first + count) * inputs];
-        // SAFETY: panels name disjoint columns of `out`, which outlives the loop below.
-        unsafe { dispatch(isa, x, w, inputs, &shared, first) };
+        let w = w.widened(isa, first * inputs..(first + count) * inputs, scratch);
+        for (row, x) in x.chunks_exact(inputs).enumerate() {
+            // SAFETY: `first + count <= outputs` and `row < rows`, so this stays inside `out`, which
+            // outlives the loops below; no other panel has these columns.
+            unsafe { matrix_times_vector(w, x, shared.at(row * outputs + first)) };
+        }
     };
     let panels = outputs.div_ceil(PANEL);
     if rows * inputs * outputs < PARALLEL_WORK {
-        (0..panels).for_each(panel);
+        let mut scratch = Vec::new();
+        (0..panels).for_each(|index| panel(&mut scratch, index));
     } else {
-        (0..panels).into_par_iter().for_each(panel);
+        (0..panels).into_par_iter().for_each_init(Vec::new, panel);
     }
 }
 
 /// The output matrix, written by several threads, each to its own columns.
-struct Output {
-    data: *mut f32,
-    outputs: usize,
-}
+struct Output(*mut f32);
 
-// SAFETY: threads write disjoint elements (see `run`) and read none.
+// SAFETY: threads write disjoint elements (see `linear`) and read none.
 unsafe impl Sync for Output {}
 
-/// # Safety
-/// No other thread may touch the columns `first .. first + w.len() / inputs` of `out`; `isa` is
-/// available.
-unsafe fn dispatch<T: Element>(isa: Isa, x: &[f32], w: &[T], inputs: usize, out: &Output, first: usize) {
-    // SAFETY: each arm runs only where its instructions exist, as `Isa` values promise; the rest is
-    // the caller's promise.
-    unsafe {
-        match isa {
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => x86::panel_avx512(x, w, inputs, out, first),
-            #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => x86::panel_avx2(x, w, inputs, out, first),
-            // Fused multiply-add is part of every AArch64; the portable loops vectorize there.
-            _ => panel::<Portable, T, 1, 2>(x, w, inputs, out, first),
-        }
-    }
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use super::super::cpu_lanes::x86::{Avx2, Avx512};
-    use super::{Element, Output, panel};
-
+impl Output {
     /// # Safety
-    /// As `panel`, and AVX-512 F, BW, DQ, VL.
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    pub unsafe fn panel_avx512<T: Element>(x: &[f32], w: &[T], inputs: usize, out: &Output, first: usize) {
-        // 6 × 4 sums, 4 weights and an activation: 29 of 32 registers.
+    /// `index` lies in the matrix.
+    unsafe fn at(&self, index: usize) -> *mut f32 {
         // SAFETY: the caller's promise.
-        unsafe { panel::<Avx512, T, 6, 4>(x, w, inputs, out, first) }
-    }
-
-    /// # Safety
-    /// As `panel`, and AVX2, FMA, F16C.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    pub unsafe fn panel_avx2<T: Element>(x: &[f32], w: &[T], inputs: usize, out: &Output, first: usize) {
-        // 2 × 2 sums of two registers each, 4 of weights, 2 of activations: 14 of 16.
-        // SAFETY: the caller's promise.
-        unsafe { panel::<Avx2, T, 2, 2>(x, w, inputs, out, first) }
+        unsafe { self.0.add(index) }
     }
 }
 
-/// All rows of `x` times the rows of `w`, in tiles of R×C and what is left over.
+/// `out = w · x`, `w` row-major with rows as long as `x`.
 ///
 /// # Safety
-/// The instructions of `L` exist; no other thread touches these columns of `out`.
-#[inline(always)]
-unsafe fn panel<L: Lanes, T: Element, const R: usize, const C: usize>(
-    x: &[f32],
-    w: &[T],
-    inputs: usize,
-    out: &Output,
-    first: usize,
-) {
-    let (rows, columns) = (x.len() / inputs, w.len() / inputs);
-    let mut row = 0;
-    // SAFETY: the caller's promise; tiles stay inside `rows` × `columns`.
+/// `out` may be written for each row of `w`, and nobody else uses it meanwhile.
+unsafe fn matrix_times_vector(w: &[f32], x: &[f32], out: *mut f32) {
+    let (m, n, k) = (w.len() / x.len(), 1, x.len());
+    let row_stride = k as isize;
+    // SAFETY: the strides of `w` (1 along a row) and of `x` and `out` (gapless columns) keep gemm
+    // inside the slices and the caller's `out`; old values of `out` are not read.
     unsafe {
-        while row < rows {
-            // Few rows are what decoding has: the widest tile that fits reads the weights fewest
-            // times, and four columns keep enough sums in flight even with one row.
-            row += match rows - row {
-                left if left >= R => row_of_tiles::<L, T, R, C>(x, w, inputs, row, columns, out, first),
-                left if left >= 4 && R > 4 => row_of_tiles::<L, T, 4, 4>(x, w, inputs, row, columns, out, first),
-                left if left >= 2 && R > 2 => row_of_tiles::<L, T, 2, 4>(x, w, inputs, row, columns, out, first),
-                _ => row_of_tiles::<L, T, 1, 4>(x, w, inputs, row, columns, out, first),
-            };
-        }
+        gemm::gemm(
+            m,
+            n,
+            k,
+            out,
+            m as isize,
+            1,
+            false,
+            w.as_ptr(),
+            1,
+            row_stride,
+            x.as_ptr(),
+            k as isize,
+            1,
+            0.0,
+            1.0,
+            false,
+            false,
+            false,
+            gemm::Parallelism::None,
+        );
     }
-}
-
-/// Rows `row .. row + R` of `x` times all rows of `w`; returns R.
-///
-/// # Safety
-/// As `panel`; the rows exist.
-#[inline(always)]
-unsafe fn row_of_tiles<L: Lanes, T: Element, const R: usize, const C: usize>(
-    x: &[f32],
-    w: &[T],
-    inputs: usize,
-    row: usize,
-    columns: usize,
-    out: &Output,
-    first: usize,
-) -> usize {
-    let x = &x[row * inputs..(row + R) * inputs];
-    let tiles = columns - columns % C;
-    // SAFETY: the caller's promise.
-    unsafe {
-        for column in (0..tiles).step_by(C) {
-            let sums = tile::<L, T, R, C>(x, &w[column * inputs..(column + C) * inputs], inputs);
-            for (r, sums) in sums.iter().enumerate() {
-                for (c, sum) in sums.iter().enumerate() {
-                    out.data.add((row + r) * out.outputs + first + column + c).write(*sum);
-                }
-            }
-        }
-        for column in tiles..columns {
-            let sums = tile::<L, T, R, 1>(x, &w[column * inputs..(column + 1) * inputs], inputs);
-            for (r, sums) in sums.iter().enumerate() {
-                out.data.add((row + r) * out.outputs + first + column).write(sums[0]);
-            }
-        }
-    }
-    R
-}
-
-/// R rows of `x` times C rows of `w`, all `inputs` long.
-///
-/// # Safety
-/// The instructions of `L` exist.
-#[inline(always)]
-unsafe fn tile<L: Lanes, T: Element, const R: usize, const C: usize>(
-    x: &[f32],
-    w: &[T],
-    inputs: usize,
-) -> [[f32; C]; R] {
-    debug_assert!(x.len() == R * inputs && w.len() == C * inputs);
-    let whole = inputs - inputs % LANES;
-    // SAFETY: the instructions exist by the caller's promise; `i + LANES <= whole <= inputs` keeps
-    // every load inside its row.
-    unsafe {
-        let mut sums = [[L::zero(); C]; R];
-        for i in (0..whole).step_by(LANES) {
-            let mut weights = [L::zero(); C];
-            for (c, weight) in weights.iter_mut().enumerate() {
-                *weight = L::load(w.as_ptr().add(c * inputs + i));
-            }
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let x = L::load(x.as_ptr().add(r * inputs + i));
-                for (sum, weight) in sums.iter_mut().zip(weights) {
-                    *sum = L::fma(x, weight, *sum);
-                }
-            }
-        }
-        if whole < inputs {
-            // The last, short vector: padded with zeros, which add nothing.
-            for (r, sums) in sums.iter_mut().enumerate() {
-                let x = padded(&x[r * inputs + whole..(r + 1) * inputs]);
-                for (c, sum) in sums.iter_mut().enumerate() {
-                    let weight = padded(&w[c * inputs + whole..(c + 1) * inputs]);
-                    *sum = L::fma(L::load(x.as_ptr()), L::load(weight.as_ptr()), *sum);
-                }
-            }
-        }
-        // No closures: they would not inherit the caller's instruction set.
-        let mut folded = [[0.0; C]; R];
-        for (folded, sums) in folded.iter_mut().zip(sums) {
-            for (folded, sum) in folded.iter_mut().zip(sums) {
-                *folded = sum.fold();
-            }
-        }
-        folded
-    }
-}
-
-#[inline(always)]
-fn padded<T: Element>(values: &[T]) -> [T; LANES] {
-    let mut padded = [T::default(); LANES];
-    padded[..values.len()].copy_from_slice(values);
-    padded
 }
 
 #[cfg(test)]
@@ -252,40 +161,56 @@ mod tests {
         (0..len).map(|_| next()).collect()
     }
 
-    fn check<T: Element>() {
-        for (rows, inputs, outputs) in
-            [(1, 1, 1), (1, 16, 4), (7, 48, 37), (6, 17, 5), (13, 100, 33), (2, 15, 70), (25, 300, 64)]
-        {
-            let (x, w) = (values::<f32>(rows * inputs, 1), values::<T>(outputs * inputs, 2));
-            let mut reference: Option<Vec<u32>> = None;
+    fn bits(isa: Isa, x: &[f32], inputs: usize, w: Stored<'_>, outputs: usize) -> Vec<u32> {
+        let mut out = vec![f32::NAN; x.len() / inputs * outputs];
+        linear(isa, x, inputs, w, &mut out, outputs);
+        out.iter().map(|x| x.to_bits()).collect()
+    }
+
+    fn check<T: Element>(stored: fn(&[T]) -> Stored<'_>) {
+        // With one, two and many inputs, a last panel of one row, and enough work for several threads.
+        for (rows, inputs, outputs) in [
+            (1, 1, 1),
+            (3, 2, 9),
+            (1, 16, 4),
+            (7, 48, 37),
+            (6, 17, 5),
+            (13, 100, 33),
+            (2, 15, 70),
+            (25, 300, 64),
+            (40, 1100, 25),
+        ] {
+            let (x, weights) = (values::<f32>(rows * inputs, 1), values::<T>(outputs * inputs, 2));
+            let w = stored(&weights);
+            let batch = bits(Isa::Scalar, &x, inputs, w, outputs);
+            for (index, got) in batch.iter().enumerate() {
+                let (x, w) = (&x[index / outputs * inputs..], &weights[index % outputs * inputs..]);
+                let products = (0..inputs).map(|i| f64::from(x[i]) * f64::from(w[i].to_f32()));
+                let (exact, magnitude) = products.fold((0.0, 0.0), |(sum, size), p| (sum + p, size + p.abs()));
+                // Products and sums round at most `inputs` times each, in any order, by epsilon / 2.
+                let bound = inputs as f64 * f64::from(f32::EPSILON) * magnitude;
+                let got = f64::from(f32::from_bits(*got));
+                assert!((got - exact).abs() <= bound, "{rows}x{inputs}x{outputs}: {got} {exact}");
+            }
             for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
-                let mut out = vec![f32::NAN; rows * outputs];
-                run(isa, &x, inputs, &w, &mut out, outputs);
-                for (index, got) in out.iter().enumerate() {
-                    let (r, o) = (index / outputs, index % outputs);
-                    let exact: f64 =
-                        (0..inputs).map(|i| f64::from(x[r * inputs + i]) * f64::from(w[o * inputs + i].to_f32())).sum();
-                    // inputs/16 + 4 roundings of sums below `inputs`.
-                    let bound = inputs as f64 * (inputs as f64 / 16.0 + 5.0) * f64::from(f32::EPSILON);
-                    assert!((f64::from(*got) - exact).abs() <= bound, "{isa} {rows}x{inputs}x{outputs}: {got} {exact}");
+                for chunk in [1, 2, 5, rows] {
+                    let chunked: Vec<u32> =
+                        x.chunks(chunk * inputs).flat_map(|x| bits(isa, x, inputs, w, outputs)).collect();
+                    assert_eq!(chunked, batch, "{isa}, {rows}x{inputs}x{outputs} by {chunk} rows");
                 }
-                let bits: Vec<u32> = out.iter().map(|x| x.to_bits()).collect();
-                // Row by row: the same bits.
-                let mut single = vec![f32::NAN; outputs];
-                for r in 0..rows {
-                    run(isa, &x[r * inputs..(r + 1) * inputs], inputs, &w, &mut single, outputs);
-                    assert!(single.iter().zip(&bits[r * outputs..]).all(|(a, b)| a.to_bits() == *b), "{isa} row {r}");
-                }
-                // And on every instruction set.
-                assert_eq!(*reference.get_or_insert(bits.clone()), bits, "{isa}");
+            }
+            for threads in [1, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                let alone = pool.install(|| bits(Isa::detect(), &x, inputs, w, outputs));
+                assert_eq!(alone, batch, "{threads} threads");
             }
         }
     }
 
     #[test]
-    fn products_match_f64_and_do_not_depend_on_batch_or_isa() {
-        check::<f32>();
-        check::<f16>();
-        check::<bf16>();
+    fn products_match_f64_and_do_not_depend_on_batch_threads_or_widening() {
+        check::<f32>(|w| Stored::F32(w));
+        check::<f16>(|w| Stored::F16(w));
+        check::<bf16>(|w| Stored::BF16(w));
     }
 }

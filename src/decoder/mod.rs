@@ -25,7 +25,6 @@ pub mod batch;
 pub mod chat;
 pub mod compute;
 pub mod config;
-mod cpu_lanes;
 mod cpu_linear;
 mod cpu_ops;
 pub mod engine;
