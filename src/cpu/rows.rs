@@ -185,7 +185,7 @@ fn read_u64(bytes: &[u8], at: usize) -> u64 {
 /// Transposes an 8 x 8 matrix of bytes, one row a word: swap the off-diagonal quarters of every
 /// 2 x 2, 4 x 4 and 8 x 8 square in turn.
 #[inline(always)]
-fn transpose_8x8(mut rows: [u64; 8]) -> [u64; 8] {
+pub(super) fn transpose_8x8(mut rows: [u64; 8]) -> [u64; 8] {
     for (step, mask) in [(1, 0x00ff_00ff_00ff_00ff_u64), (2, 0x0000_ffff_0000_ffff), (4, 0x0000_0000_ffff_ffff)] {
         let shift = 8 * step as u32;
         for i in (0..8).filter(|i| i & step == 0) {

@@ -167,9 +167,13 @@ impl Simd for Avx512 {
                 _mm512_castps_si512(magnitude),
             ))
         };
-        unsafe fn round(a: __m512) -> __m512 = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a);
+        unsafe fn round(a: __m512) -> __m512 = {
+            _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(a)
+        };
         unsafe fn pow2(n: __m512) -> __m512 = _mm512_scalef_ps(_mm512_set1_ps(1.0), n);
-        unsafe fn zero_where_less(x: __m512, limit: __m512, v: __m512) -> __m512 = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, limit), v);
+        unsafe fn zero_where_less(x: __m512, limit: __m512, v: __m512) -> __m512 = {
+            _mm512_maskz_mov_ps(_mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x, limit), v)
+        };
         unsafe fn largest(v: __m512) -> f32 = _mm512_reduce_max_ps(v);
         unsafe fn sum(v: __m512) -> f32 = _mm512_reduce_add_ps(v);
         unsafe fn sum_each(a: &[__m512; 16]) -> __m512 = {

@@ -14,6 +14,7 @@ use super::simd::LOG2_E;
 use crate::args::{AttentionParams, LayerRef};
 use crate::cpu::CpuBackend;
 use crate::cpu::ragged::checked_block;
+use crate::cpu::rows::transpose_8x8;
 use crate::faults::FaultWord;
 use crate::layout::{CacheShape, Half, MAX_HEAD_DIM};
 
@@ -358,7 +359,7 @@ fn unpack(ctx: &Context<'_>, span: &Span, half: Half, found: &Found, codes: &mut
         for d in (0..wide).step_by(8) {
             for i in (0..run).step_by(8) {
                 let first = map.index(block, span.kv_head, slot + i, d);
-                transpose_8x8(&src[first..], map.chunk_stride, &mut codes[(at + i) * stride + d..], stride);
+                copy_transposed(&src[first..], map.chunk_stride, &mut codes[(at + i) * stride + d..], stride);
             }
         }
         for chunk in wide / map.chunk..dim / map.chunk {
@@ -387,22 +388,14 @@ fn copy_pieces<const WIDTH: usize>(src: &[u8], dst: &mut [u8], n: usize, src_str
     }
 }
 
-/// `dst[j][i] = src[i][j]` for 8 x 8 bytes, rows as integers: swaps the off-diagonal quarters of ever
-/// smaller squares.
+/// `dst[j][i] = src[i][j]` for 8 x 8 bytes.
 #[inline(always)]
-fn transpose_8x8(src: &[u8], src_stride: usize, dst: &mut [u8], dst_stride: usize) {
-    let mut rows: [u64; 8] = std::array::from_fn(|i| {
-        let row = &src[i * src_stride..][..8];
-        u64::from_le_bytes(row.try_into().unwrap_or_default())
-    });
-    for (distance, mask) in [(4, 0xffff_ffffu64), (2, 0x0000_ffff_0000_ffff), (1, 0x00ff_00ff_00ff_00ff)] {
-        for i in (0..8).filter(|i| i & distance == 0) {
-            let swap = ((rows[i] >> (8 * distance)) ^ rows[i + distance]) & mask;
-            rows[i] ^= swap << (8 * distance);
-            rows[i + distance] ^= swap;
-        }
+fn copy_transposed(src: &[u8], src_stride: usize, dst: &mut [u8], dst_stride: usize) {
+    let mut rows = [[0; 8]; 8];
+    for (i, row) in rows.iter_mut().enumerate() {
+        row.copy_from_slice(&src[i * src_stride..][..8]);
     }
-    for (j, row) in rows.iter().enumerate() {
+    for (j, row) in transpose_8x8(rows.map(u64::from_le_bytes)).iter().enumerate() {
         dst[j * dst_stride..][..8].copy_from_slice(&row.to_le_bytes());
     }
 }
