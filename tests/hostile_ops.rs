@@ -8,6 +8,7 @@ use quantkv::args::{
     Absmax, AttentionParams, BlockPair, CopyBlocks, Dequantize, Gather, GatherBytes, LayerMut, LayerRef, MergeStates,
     PagedAttention, Quantize, RowStrides, SwapBlocks, UpdateScales,
 };
+use quantkv::layout::Half;
 use quantkv::scale::{Granularity, ScaleRef, ScaleStrides};
 use quantkv::{Backend, CacheLayout, CacheShape, CacheSpec, CpuBackend, Error, KvFormat};
 
@@ -366,4 +367,52 @@ fn dense_operations() {
     refused!(merge((2, 0, 16), ROWS, [64, 64, 4, 4, 64], None), Zero { .. }, "merge_states");
     let overlapping = RowStrides { token: 32, head: 8 };
     refused!(merge(dims, overlapping, [64, 64, 4, 4, 64], None), StrideTooSmall { .. }, "merged output", 8, 16);
+}
+
+/// Nothing to do, or rows that all lie on one another, of sizes whose product does not fit: refused,
+/// and no number on the way overflows.
+#[test]
+fn impossible_sizes_of_no_bytes() {
+    use Error::*;
+    let huge = 1usize << 60;
+    assert_eq!(huge.wrapping_mul(16), 0, "the product a careless multiplication would see");
+    for cpu in [CpuBackend::new(), CpuBackend::scalar()] {
+        for (num_tokens, num_heads, head_dim) in [(0, huge, 16), (0, 16, huge), (0, huge, huge), (0, usize::MAX, 2)] {
+            let strides = RowStrides::contiguous(num_heads, head_dim);
+            let (format, scale) = (KvFormat::Fp8E4M3, unit_scale());
+            let (input, codes) = (&[0.0f32; 0][..], &mut [0u8; 0][..]);
+            let op = Quantize { num_tokens, num_heads, head_dim, format, input, strides, scale, codes };
+            refused!(cpu.quantize(op), Overflow { .. }, "codes");
+            let (codes, output) = (&[0u8; 0][..], &mut [0.0f32; 0][..]);
+            let op = Dequantize { num_tokens, num_heads, head_dim, format, codes, scale, output, strides };
+            refused!(cpu.dequantize(op), Overflow { .. }, "codes");
+            for granularity in [Granularity::Tensor, Granularity::Head, Granularity::Channel] {
+                let (input, running) = (&[0.0f32; 0][..], &mut [0.0f32; 1][..]);
+                let op = Absmax { input, strides, num_tokens, num_heads, head_dim, granularity, running };
+                refused!(cpu.absmax(op), Overflow { .. }, "absmax input");
+            }
+        }
+        let strides = RowStrides { token: 0, head: 0 };
+        for (num_tokens, num_heads) in [(1, huge), (huge, 1), (huge, huge)] {
+            let (input, granularity, running) = (&[0.0f32; 16][..], Granularity::Channel, &mut [0.0f32; 0][..]);
+            let op = Absmax { input, strides, num_tokens, num_heads, head_dim: 16, granularity, running };
+            refused!(cpu.absmax(op), Overflow { .. }, "absmax input");
+        }
+    }
+}
+
+/// Sizes a caller computes before anything has been validated.
+#[test]
+fn sizes_of_unvalidated_shapes_saturate() {
+    let strides = RowStrides::contiguous(usize::MAX, 2);
+    assert_eq!((strides.token, strides.head), (usize::MAX, 2));
+    assert_eq!(Granularity::Channel.len(usize::MAX, 2), usize::MAX);
+    assert_eq!(ScaleStrides { head: usize::MAX, channel: 1 }.len(3, 4), usize::MAX);
+    let spec = CacheSpec { num_kv_heads: usize::MAX, k_head_dim: usize::MAX, ..spec() };
+    refused!(spec.bytes_per_token(), Error::Overflow { .. }, "bytes per token");
+    refused!(spec.bytes_per_block(), Error::Overflow { .. }, "bytes per token");
+    for layout in CacheLayout::ALL {
+        let map = CacheSpec { layout, ..spec }.address_map(Half::K);
+        assert_eq!(map.block_stride, usize::MAX, "{layout:?}");
+    }
 }

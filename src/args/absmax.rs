@@ -3,12 +3,14 @@
 //! `absmax` keeps a *running* maximum of |x| per tensor, head or channel: `running = max(running,
 //! |x|)`. NaN is ignored; infinities count as `f32::MAX`, so that a scale stays finite.
 //! `update_scales` turns it into `scale = absmax / divisor`, with a zero guard: where nothing but
-//! zeros was seen the scale is 1.0, and no scale is below the smallest normal f32. With divisors 200 (K) and 100 (V) this is vLLM's first-batch
-//! rule; with the format's maximum it is absmax calibration.
+//! zeros was seen the scale is 1.0, and no scale is below the smallest normal f32. With divisors
+//! 200 (K) and 100 (V) this is vLLM's first-batch rule; with the format's maximum it is absmax
+//! calibration.
 
 use super::{RowStrides, check_equal};
 use crate::error::{Error, Result};
 use crate::format::Element;
+use crate::layout::checked_product;
 use crate::memory::{BufferLen, Memory};
 use crate::scale::Granularity;
 
@@ -40,6 +42,8 @@ impl<M: Memory, T: Element> Absmax<'_, M, T> {
         if self.num_heads == 0 || self.head_dim == 0 {
             return Err(Error::Zero { what: "heads and head dim of absmax" });
         }
+        // The number of tokens last: no other product may overflow where it is zero.
+        checked_product("absmax input", &[self.num_heads, self.head_dim, size_of::<T>(), self.num_tokens])?;
         self.strides.check_read("absmax input", &self.input, self.num_tokens, self.num_heads, self.head_dim)?;
         let expected = self.granularity.len(self.num_heads, self.head_dim);
         check_equal("the number of running maxima", expected, self.running.buffer_len())

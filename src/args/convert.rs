@@ -82,6 +82,7 @@ fn check_dense<M: Memory>(
     if heads == 0 || dim == 0 {
         return Err(Error::Zero { what: "heads and head dim of convert" });
     }
-    check_len("codes", checked_product("codes", &[tokens, heads, dim, format.bytes()])?, code_bytes)?;
+    // Tokens last: no other product may overflow where they are zero.
+    check_len("codes", checked_product("codes", &[heads, dim, format.bytes(), tokens])?, code_bytes)?;
     if format.is_quantized() { check_scale("scales", scale, heads, dim) } else { Ok(()) }
 }

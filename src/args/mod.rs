@@ -42,9 +42,10 @@ pub struct RowStrides {
 }
 
 impl RowStrides {
-    /// Strides of a gapless `[tokens, heads, dim]` tensor.
+    /// Strides of a gapless `[tokens, heads, dim]` tensor. They saturate; validation refuses what no
+    /// buffer can hold.
     pub const fn contiguous(heads: usize, dim: usize) -> Self {
-        RowStrides { token: heads * dim, head: dim }
+        RowStrides { token: heads.saturating_mul(dim), head: dim }
     }
 
     /// The index of the first channel of `(token, head)`.

@@ -117,9 +117,9 @@ impl<M: Memory, T: Element> PagedAttention<'_, M, T> {
         self.seq_lens.buffer_len()
     }
 
-    /// Query heads that share a KV head.
+    /// Query heads that share a KV head; 0 for a spec without KV heads, which is refused.
     pub fn group_size(&self) -> usize {
-        self.num_heads / self.shape.spec.num_kv_heads
+        self.num_heads.checked_div(self.shape.spec.num_kv_heads).unwrap_or(0)
     }
 
     /// Checks every shape, stride and length. The workspace is the backend's to check.
