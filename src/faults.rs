@@ -59,6 +59,14 @@ impl Faults {
     }
 }
 
+impl std::ops::BitOr for Faults {
+    type Output = Faults;
+
+    fn bitor(self, other: Faults) -> Faults {
+        self.union(other)
+    }
+}
+
 impl fmt::Debug for Faults {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Faults({self})")

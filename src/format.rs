@@ -5,7 +5,7 @@
 //! dtype is known. Keeping the two apart means that no kernel ever meets `auto`.
 //!
 //! To add a format: one type implementing [`crate::codec::Codec`], one variant and one row in
-//! each `match` below, one arm in [`crate::codec::with_codec`].
+//! each `match` below, one arm in `codec::with_codec!`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -132,9 +132,10 @@ impl fmt::Display for KvFormat {
 }
 
 /// What a user asks the cache to be: `auto`, or a format.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 pub enum KvCacheDtype {
     /// The model's own dtype.
+    #[default]
     Auto,
     /// This format, whatever the model's dtype.
     Format(KvFormat),
@@ -147,6 +148,12 @@ impl KvCacheDtype {
             KvCacheDtype::Auto => model.as_kv_format(),
             KvCacheDtype::Format(format) => format,
         }
+    }
+}
+
+impl From<KvFormat> for KvCacheDtype {
+    fn from(format: KvFormat) -> Self {
+        KvCacheDtype::Format(format)
     }
 }
 

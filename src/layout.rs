@@ -19,6 +19,8 @@
 //!     + (d / chunk)*chunk_stride + d % chunk
 //! ```
 
+use std::fmt;
+
 use crate::error::{Error, Result};
 use crate::format::KvFormat;
 
@@ -26,10 +28,11 @@ use crate::format::KvFormat;
 pub const MAX_HEAD_DIM: usize = 512;
 
 /// How the elements of one block are ordered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 #[non_exhaustive]
 pub enum CacheLayout {
     /// `[blocks, heads, block, dim]`: the default; one (block, head) tile is contiguous.
+    #[default]
     Hnd,
     /// `[blocks, block, heads, dim]`: FlashAttention's order; one token's row is contiguous.
     Nhd,
@@ -41,6 +44,21 @@ pub enum CacheLayout {
 impl CacheLayout {
     /// Every layout, for tables and tests.
     pub const ALL: [CacheLayout; 3] = [CacheLayout::Hnd, CacheLayout::Nhd, CacheLayout::VllmPacked];
+
+    /// The name shown to users: `hnd`, `nhd`, `vllm_packed`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            CacheLayout::Hnd => "hnd",
+            CacheLayout::Nhd => "nhd",
+            CacheLayout::VllmPacked => "vllm_packed",
+        }
+    }
+}
+
+impl fmt::Display for CacheLayout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
 }
 
 /// Which half of the cache.
@@ -54,6 +72,7 @@ pub enum Half {
 
 /// Whether each (slot, head) row carries its own scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
 pub enum DynamicScales {
     /// No: static scales alone.
     #[default]
@@ -106,6 +125,9 @@ impl CacheSpec {
     }
 
     /// The same cache in another layout.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] for a K head dim that the packed layout cannot divide.
     pub fn with_layout(mut self, layout: CacheLayout) -> Result<Self> {
         self.layout = layout;
         self.validate()?;
@@ -202,8 +224,8 @@ impl CacheSpec {
         let mut total: usize = 0;
         for half in [Half::K, Half::V] {
             let scale_bytes = if self.has_dynamic_scales(half) { size_of::<f32>() } else { 0 };
-            let row = self.head_dim(half) * self.format(half).bytes() + scale_bytes;
-            total = checked_product("bytes per token", &[self.num_kv_heads, row])?
+            let codes = checked_product("bytes per token", &[self.head_dim(half), self.format(half).bytes()])?;
+            total = checked_product("bytes per token", &[self.num_kv_heads, codes + scale_bytes])?
                 .checked_add(total)
                 .ok_or(Error::Overflow { what: "bytes per token" })?;
         }
@@ -234,27 +256,33 @@ impl CacheSpec {
     }
 
     /// Blocks that `tokens` tokens of one sequence need.
+    ///
+    /// # Panics
+    /// If the block size is zero, which [`CacheSpec::validate`] refuses.
     pub const fn blocks_for_tokens(&self, tokens: usize) -> usize {
         tokens.div_ceil(self.block_size)
     }
 
-    /// The strides of one half when its blocks are packed without gaps.
+    /// The strides of one half when its blocks are packed without gaps. They saturate for a spec
+    /// that [`CacheSpec::validate`] refuses.
     pub fn address_map(&self, half: Half) -> AddressMap {
         let (heads, block, dim) = (self.num_kv_heads, self.block_size, self.head_dim(half));
-        let block_stride = heads * block * dim;
+        let (tile, token) = (block.saturating_mul(dim), heads.saturating_mul(dim));
+        let block_stride = heads.saturating_mul(tile);
         match (self.layout, half) {
             (CacheLayout::Hnd, _) => {
-                AddressMap { block_stride, head_stride: block * dim, slot_stride: dim, chunk: dim, chunk_stride: dim }
+                AddressMap { block_stride, head_stride: tile, slot_stride: dim, chunk: dim, chunk_stride: dim }
             }
             (CacheLayout::Nhd, _) => {
-                AddressMap { block_stride, head_stride: dim, slot_stride: heads * dim, chunk: dim, chunk_stride: dim }
+                AddressMap { block_stride, head_stride: dim, slot_stride: token, chunk: dim, chunk_stride: dim }
             }
             (CacheLayout::VllmPacked, Half::K) => {
                 let x = self.packed_chunk();
-                AddressMap { block_stride, head_stride: block * dim, slot_stride: x, chunk: x, chunk_stride: block * x }
+                let chunk_stride = block.saturating_mul(x);
+                AddressMap { block_stride, head_stride: tile, slot_stride: x, chunk: x, chunk_stride }
             }
             (CacheLayout::VllmPacked, Half::V) => {
-                AddressMap { block_stride, head_stride: block * dim, slot_stride: 1, chunk: 1, chunk_stride: block }
+                AddressMap { block_stride, head_stride: tile, slot_stride: 1, chunk: 1, chunk_stride: block }
             }
         }
     }

@@ -33,12 +33,12 @@ pub enum Granularity {
 }
 
 impl Granularity {
-    /// Scales needed for `heads` heads of `channels` channels.
+    /// Scales needed for `heads` heads of `channels` channels; saturates.
     pub const fn len(self, heads: usize, channels: usize) -> usize {
         match self {
             Granularity::Tensor => 1,
             Granularity::Head => heads,
-            Granularity::Channel => heads * channels,
+            Granularity::Channel => heads.saturating_mul(channels),
         }
     }
 
@@ -68,9 +68,11 @@ impl ScaleStrides {
         head * self.head + channel * self.channel
     }
 
-    /// Elements a tensor with these strides must have for `heads` × `channels`.
+    /// Elements a tensor with these strides must have for `heads` × `channels`; saturates.
     pub const fn len(&self, heads: usize, channels: usize) -> usize {
-        self.index(heads.saturating_sub(1), channels.saturating_sub(1)) + 1
+        let head = heads.saturating_sub(1).saturating_mul(self.head);
+        let channel = channels.saturating_sub(1).saturating_mul(self.channel);
+        head.saturating_add(channel).saturating_add(1)
     }
 }
 
@@ -91,6 +93,21 @@ impl<M: Memory> Clone for ScaleRef<'_, M> {
 }
 
 impl<M: Memory> Copy for ScaleRef<'_, M> {}
+
+impl<'a, M: Memory> ScaleRef<'a, M> {
+    /// The same scales, borrowed for a shorter time.
+    ///
+    /// Argument structs have one lifetime for all their buffers, and a struct over [`Memory`] does
+    /// not shorten its own as a slice does: passed as it is to a call that borrows something
+    /// mutably, a `ScaleRef` would keep that borrow alive as long as itself. Pass `scale.shorten()`
+    /// where one is used for several calls.
+    pub fn shorten<'short>(self) -> ScaleRef<'short, M>
+    where
+        'a: 'short,
+    {
+        ScaleRef { values: M::shorten(self.values), strides: self.strides }
+    }
+}
 
 /// Host-side static scales of one half (K or V) of one layer: checked values with a granularity.
 #[derive(Clone, Debug, PartialEq)]

@@ -41,7 +41,20 @@ impl<M: Memory> Clone for LayerRef<'_, M> {
 
 impl<M: Memory> Copy for LayerRef<'_, M> {}
 
-impl<M: Memory> LayerRef<'_, M> {
+impl<'a, M: Memory> LayerRef<'a, M> {
+    /// The same layer, borrowed for a shorter time; see [`crate::scale::ScaleRef::shorten`].
+    pub fn shorten<'short>(self) -> LayerRef<'short, M>
+    where
+        'a: 'short,
+    {
+        LayerRef {
+            k: M::shorten(self.k),
+            v: M::shorten(self.v),
+            k_dynamic: self.k_dynamic.map(M::shorten),
+            v_dynamic: self.v_dynamic.map(M::shorten),
+        }
+    }
+
     /// Checks buffer lengths against `shape`.
     ///
     /// # Errors

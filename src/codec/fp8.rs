@@ -127,6 +127,8 @@ macro_rules! fp8_codec {
             }
         }
 
+        impl $crate::codec::sealed::Sealed for $ty {}
+
         impl $crate::codec::Codec for $ty {
             const FORMAT: $crate::format::KvFormat = $format;
             const BYTES: usize = 1;

@@ -1,6 +1,6 @@
 //! From f32 to a stored element and back.
 //!
-//! One type per format implements [`Codec`]; [`with_codec!`](crate::codec::with_codec) is the one
+//! One type per format implements [`Codec`]; `with_codec!` is the one
 //! table that turns a run-time [`KvFormat`] into such a type. The scalar functions here are the
 //! specification (`docs/numerics.md`); SIMD forms must give the same bits.
 
@@ -27,8 +27,13 @@ pub use fp8::Fp8;
 pub use slice::{ScaleRow, absmax_scaled_slice, absmax_slice, decode_slice, encode_slice};
 pub(crate) use slice::{as_bytes, as_bytes_mut};
 
-/// A storage format: how one f32 becomes one stored element, and back.
-pub trait Codec: Copy + Send + Sync + 'static {
+mod sealed {
+    pub trait Sealed {}
+}
+
+/// A storage format: how one f32 becomes one stored element, and back. Sealed: [`KvFormat`] is its
+/// table.
+pub trait Codec: sealed::Sealed + Copy + Send + Sync + 'static {
     /// The tag of this format.
     const FORMAT: KvFormat;
     /// Bytes of a stored element.
@@ -64,6 +69,8 @@ pub struct PlainBF16;
 
 macro_rules! plain_codec {
     ($ty:ty, $format:expr, $bits:ty, $bytes:literal, |$x:ident| $encode:expr, |$b:ident| $decode:expr) => {
+        impl sealed::Sealed for $ty {}
+
         impl Codec for $ty {
             const FORMAT: KvFormat = $format;
             const BYTES: usize = $bytes;
@@ -98,9 +105,7 @@ plain_codec!(PlainBF16, KvFormat::BF16, u16, 2, |x| bf16::from_f32(x).to_bits(),
 
 /// Runs `$body` with `$C` naming the [`Codec`] of a run-time [`KvFormat`]: the one table of
 /// storage formats.
-#[macro_export]
-#[doc(hidden)]
-macro_rules! __with_codec {
+macro_rules! with_codec {
     ($format:expr, $C:ident => $body:expr) => {
         match $format {
             $crate::KvFormat::F32 => {
@@ -130,4 +135,4 @@ macro_rules! __with_codec {
         }
     };
 }
-pub(crate) use crate::__with_codec as with_codec;
+pub(crate) use with_codec;

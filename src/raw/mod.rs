@@ -22,7 +22,10 @@
 //! Buffers of a layer being written may *interleave*: K and V blocks taking turns in one
 //! allocation (`[blocks, 2, heads, block, dim]`), or the blocks of all layers. Describe it with
 //! [`CacheShape::with_block_strides`]; the buffers then overlap as ranges, the blocks do not.
-//! [`cache_write`] and the copies never form references to such ranges as a whole.
+//! The copies never form references to such ranges as a whole, nor does [`cache_write`] where K and V
+//! of the layer interleave. Every other call does, gaps between blocks included: until it returns,
+//! nobody may write in the range of a buffer it reads, nor touch the range of one it writes, a
+//! neighbouring layer's blocks among them.
 
 use crate::args::{
     Absmax, CacheWrite, CopyBlocks, Dequantize, Gather, GatherBytes, LayerMut, LayerRef, MergeStates, PagedAttention,
