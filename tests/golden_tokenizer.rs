@@ -20,10 +20,6 @@ fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
-fn fs_text(name: &str) -> String {
-    std::fs::read_to_string(fixture("micro/llmcompressor-tiny-f32").join(name)).unwrap()
-}
-
 /// The checkpoint whose tokenizer.json says `"truncation": {"max_length": 128}`.
 fn tokenizer() -> Tokenizer {
     Tokenizer::from_model_dir(&fixture("micro/llmcompressor-tiny-f32")).unwrap()

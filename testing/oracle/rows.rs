@@ -99,14 +99,7 @@ fn dynamic_scale(row: impl Iterator<Item = f32>, format: KvFormat) -> f32 {
 
 /// The f32 product, at least the smallest normal and at most the largest f32.
 fn combined_scale(fixed: f32, dynamic: f32) -> f32 {
-    let product = fixed * dynamic;
-    if product < f32::MIN_POSITIVE {
-        f32::MIN_POSITIVE
-    } else if product > f32::MAX {
-        f32::MAX
-    } else {
-        product
-    }
+    (fixed * dynamic).clamp(f32::MIN_POSITIVE, f32::MAX)
 }
 
 fn running_max(running: f32, x: f32) -> f32 {
@@ -158,10 +151,13 @@ pub struct GatherCase {
     pub value: Rows,
 }
 
-/// Where each claimed row comes from: (row, (block, slot)), `None` for a position before its
+/// An output row and the (block, slot) it comes from.
+type Source = (usize, Option<(usize, usize)>);
+
+/// Where each claimed row comes from, `None` for a position before its
 /// sequence, past its row of the table or in a block outside the cache; and whether a sequence was
 /// skipped for its bounds.
-pub fn gather_sources(case: &GatherCase) -> (Vec<(usize, Option<(usize, usize)>)>, bool) {
+pub fn gather_sources(case: &GatherCase) -> (Vec<Source>, bool) {
     let (mut sources, mut skipped, mut claimed) = (Vec::new(), false, 0);
     for s in 0..case.cu_seq_lens.len() - 1 {
         let (first, last) = (i64::from(case.cu_seq_lens[s]), i64::from(case.cu_seq_lens[s + 1]));

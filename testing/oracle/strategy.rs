@@ -15,8 +15,7 @@ use super::rows::Rows;
 /// `PROPTEST_CASES`, `PROPTEST_RNG_SEED` or both; with the first alone the seed is random.
 pub fn config(cases: u32) -> Config {
     let explore = |name| std::env::var_os(name).is_some();
-    let mut config = Config::default();
-    config.failure_persistence = None;
+    let mut config = Config { failure_persistence: None, ..Config::default() };
     if !explore("PROPTEST_CASES") {
         config.cases = cases;
     }
