@@ -78,7 +78,8 @@ fn every_code_decodes_to_the_golden_value() {
     }
     let golden = Golden::read();
     let codes: Vec<u8> = (0..=255).collect();
-    let scalar: [(fn(u8) -> f32, &[f32; 256]); 3] =
+    type Scalar = (fn(u8) -> f32, &'static [f32; 256]);
+    let scalar: [Scalar; 3] =
         [(e4m3::decode, &e4m3::DECODE), (e5m2::decode, &e5m2::DECODE), (e4m3fnuz::decode, &e4m3fnuz::DECODE)];
     for ((format, name), (decode, table)) in FP8.into_iter().zip(scalar) {
         let expected = golden.decode(name);
