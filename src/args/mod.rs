@@ -5,6 +5,11 @@
 //! only their lengths. Every backend calls `validate()` first, so that no kernel starts with a
 //! buffer too short for its shape. What lies *inside* device buffers (slots, block ids, sequence
 //! lengths, query starts) is not looked at here: kernels check it, see [`crate::faults`].
+//!
+//! Fill a struct in the call itself (`backend.gather(Gather { .. })`), where its memory is known:
+//! then `&vec` and `&[0, 1]` become slices by themselves, which they do not in a `let` whose memory
+//! is still to be inferred. Scales used by several calls are passed as
+//! [`ScaleRef::shorten`].
 
 mod absmax;
 mod cache;

@@ -128,6 +128,10 @@ pub struct Weights {
 impl Weights {
     /// Maps the checkpoint in `dir`.
     ///
+    /// The files stay mapped as long as this or a tensor of it lives. Nobody may write to or truncate
+    /// them meanwhile: values read would change, and a page past the new end stops the process
+    /// (SIGBUS). Replace a checkpoint by renaming, not by writing over it.
+    ///
     /// # Errors
     /// [`Error::Io`]; [`Error::InvalidFile`] naming the file and what is wrong in it.
     pub fn open(dir: &Path) -> Result<Weights> {
