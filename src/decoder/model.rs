@@ -14,6 +14,7 @@
 //! the widest, runs over `MLP_ROWS` rows at a time; the result of a row does not depend on that
 //! ([`Compute`]'s contract).
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -67,6 +68,8 @@ pub struct Model<B: Compute<A>, A: Element = f32> {
     inv_freq: B::Buffer<f32>,
     scratch: Scratch<B, A>,
     scales_from_next_step: bool,
+    /// Rows of the last step that have logits.
+    wanted_rows: Vec<i32>,
     logits: Vec<f32>,
 }
 
@@ -113,6 +116,7 @@ impl<B: Compute<A>, A: Element> Model<B, A> {
             inv_freq,
             scratch: Scratch::new(&*backend)?,
             scales_from_next_step: false,
+            wanted_rows: Vec::new(),
             logits: Vec::new(),
             config,
             weights,
@@ -151,10 +155,21 @@ impl<B: Compute<A>, A: Element> Model<B, A> {
     /// the logits of the rows wanted, `[batch.num_logits_rows(), vocab_size]`.
     ///
     /// # Errors
+    /// As [`Model::compute`].
+    pub fn forward(&mut self, batch: &Batch, cache: &mut PagedKvCache<B>) -> Result<&[f32]> {
+        self.compute(batch, cache)?;
+        self.logits(0..batch.num_logits_rows())
+    }
+
+    /// Runs one step without its logits: [`Model::logits`] gives them, as many rows at a time as
+    /// the caller has memory for.
+    ///
+    /// # Errors
     /// [`Error::InvalidRequest`] for a batch that does not fit the vocabulary or the cache;
     /// [`Error::GeometryMismatch`] for a cache of another model; [`Error::OutOfMemory`]; the
     /// backend's own.
-    pub fn forward(&mut self, batch: &Batch, cache: &mut PagedKvCache<B>) -> Result<&[f32]> {
+    pub fn compute(&mut self, batch: &Batch, cache: &mut PagedKvCache<B>) -> Result<()> {
+        self.wanted_rows.clear();
         self.check_cache(cache)?;
         batch.validate(self.config.vocab_size, cache.shape())?;
         let rows = batch.num_tokens();
@@ -168,7 +183,8 @@ impl<B: Compute<A>, A: Element> Model<B, A> {
             self.mlp(index, rows)?;
         }
         self.scales_from_next_step = false;
-        self.logits_of(batch.num_logits_rows())
+        self.wanted_rows.extend_from_slice(&batch.logits_rows);
+        Ok(())
     }
 
     fn check_cache(&self, cache: &PagedKvCache<B>) -> Result<()> {
@@ -270,9 +286,19 @@ impl<B: Compute<A>, A: Element> Model<B, A> {
         Ok(())
     }
 
-    /// The logits of the `rows` rows whose numbers are uploaded.
-    fn logits_of(&mut self, rows: usize) -> Result<&[f32]> {
+    /// Logits `[range.len(), vocab_size]` of rows `range` among those that the batch of the last
+    /// [`Model::compute`] wanted.
+    ///
+    /// # Errors
+    /// [`Error::InvalidRequest`] for rows it did not want; [`Error::OutOfMemory`]; the backend's own.
+    pub fn logits(&mut self, range: Range<usize>) -> Result<&[f32]> {
         let (backend, config, s) = (&*self.backend, &self.config, &mut self.scratch);
+        let Some(wanted) = self.wanted_rows.get(range.clone()) else {
+            let have = self.wanted_rows.len();
+            return Err(Error::InvalidRequest(format!("logits of rows {range:?}; the last step wanted {have}")));
+        };
+        let rows = wanted.len();
+        replace(backend, wanted, &mut s.logits_rows)?;
         self.logits.clear();
         if rows > 0 {
             let len = checked_product("logits", &[rows, config.vocab_size])?;
@@ -441,8 +467,7 @@ impl<B: Compute<A>, A: Element> Scratch<B, A> {
         replace(backend, &batch.slot_mapping, &mut self.slots)?;
         replace(backend, &batch.query_starts, &mut self.query_starts)?;
         replace(backend, &batch.seq_lens, &mut self.seq_lens)?;
-        replace(backend, &self.padded_tables, &mut self.block_tables)?;
-        replace(backend, &batch.logits_rows, &mut self.logits_rows)
+        replace(backend, &self.padded_tables, &mut self.block_tables)
     }
 }
 

@@ -100,7 +100,6 @@ impl SamplingParams {
 pub struct Sampler {
     params: SamplingParams,
     rng: ChaCha12Rng,
-    candidates: Vec<Candidate>,
 }
 
 /// A token that may be chosen.
@@ -123,7 +122,7 @@ impl Sampler {
         params.validate()?;
         let mut rng = ChaCha12Rng::seed_from_u64(params.seed);
         rng.set_stream(sample);
-        Ok(Sampler { params, rng, candidates: Vec::new() })
+        Ok(Sampler { params, rng })
     }
 
     /// The next token. `logits` are overwritten by the penalties. `history` is the prompt and the
@@ -136,18 +135,20 @@ impl Sampler {
         if self.params.is_greedy() {
             return argmax(logits);
         }
-        filter(&self.params, logits, &mut self.candidates)?;
+        // Not kept between calls: 16 bytes a token of the vocabulary, for every sequence of an engine.
+        let mut candidates = Vec::new();
+        filter(&self.params, logits, &mut candidates)?;
         // 53 random bits: a uniform number in [0, 1).
         let uniform = (self.rng.next_u64() >> 11) as f64 * (1.0 / (1u64 << 53) as f64);
         let mut cumulated = 0.0;
-        for candidate in &self.candidates {
+        for candidate in &candidates {
             cumulated += candidate.probability;
             if uniform < cumulated {
                 return Ok(candidate.id);
             }
         }
         // Rounding may leave the sum a hair below 1.
-        Ok(self.candidates[self.candidates.len() - 1].id)
+        Ok(candidates[candidates.len() - 1].id)
     }
 }
 

@@ -36,6 +36,8 @@ use crate::format::KvFormat;
 
 /// Samples one request may ask for.
 const MAX_SAMPLES: usize = 4096;
+/// Rows of logits that exist at once: of a vocabulary of 128k, 16 MiB.
+const LOGITS_ROWS: usize = 32;
 
 /// Sizes and switches of an [`Engine`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -257,8 +259,13 @@ impl<'m, B: Compute> Engine<'m, B> {
             self.model.scales_from_next_step();
         }
         self.fill_batch(&step.rows)?;
-        let mut logits = self.model.forward(&self.batch, &mut self.cache)?.to_vec();
-        self.sample(&step.rows, &mut logits, &mut on_event)?;
+        self.model.compute(&self.batch, &mut self.cache)?;
+        let sampling: Vec<usize> = step.rows.iter().filter(|row| row.samples).map(|row| row.index).collect();
+        for (chunk, running) in sampling.chunks(LOGITS_ROWS).enumerate() {
+            let first = chunk * LOGITS_ROWS;
+            let mut logits = self.model.logits(first..first + running.len())?.to_vec();
+            self.sample(running, &mut logits, &mut on_event)?;
+        }
         self.scheduler.remove_finished(|sequence| sequence.finished)?;
         self.count(&step, started.elapsed().as_secs_f64());
         Ok(())
@@ -305,16 +312,17 @@ impl<'m, B: Compute> Engine<'m, B> {
         Ok(())
     }
 
-    /// Samples a token for each row that has logits; a prompt's first one for each of its samples.
-    fn sample(&mut self, rows: &[Row], logits: &mut [f32], on_event: &mut impl FnMut(Event<'_>)) -> Result<()> {
+    /// Samples a token for each of the `running` sequences from its row of logits; a prompt's
+    /// first one for each of its samples.
+    fn sample(&mut self, running: &[usize], logits: &mut [f32], on_event: &mut impl FnMut(Event<'_>)) -> Result<()> {
         let vocab_size = self.model.config().vocab_size;
-        for (row, logits) in rows.iter().filter(|row| row.samples).zip(logits.chunks_exact_mut(vocab_size)) {
-            let forks = std::mem::take(&mut self.scheduler.running[row.index].sequence.forks);
+        for (&index, logits) in running.iter().zip(logits.chunks_exact_mut(vocab_size)) {
+            let forks = std::mem::take(&mut self.scheduler.running[index].sequence.forks);
             for sample in 1..=forks {
-                let fork = self.fork(row.index, sample)?;
+                let fork = self.fork(index, sample)?;
                 self.next_token(fork, &mut logits.to_vec(), on_event)?;
             }
-            self.next_token(row.index, logits, on_event)?;
+            self.next_token(index, logits, on_event)?;
         }
         Ok(())
     }
