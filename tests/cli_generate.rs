@@ -213,14 +213,28 @@ fn stop_texts_and_files_of_prompts() {
     );
     let dir = temp_dir("prompts");
     let file = dir.join("prompts.txt").display().to_string();
-    fs::write(&file, "Tom's old map is in the cold mill. Where is Tom's map?\r\n\nIda's red bell is in the tall well. Where is Ida's bell?\n").unwrap();
+    fs::write(&file, "\u{feff}Tom's old map is in the cold mill. Where is Tom's map?\r\n\nIda's red bell is in the tall well. Where is Ida's bell?\n").unwrap();
     let (stdout, _) = text(&["--prompts-file", &file, "--stop", "."]);
     assert!(stdout.contains("[prompt 1]") && stdout.contains("[prompt 2]"), "{stdout}");
     assert!(
         stdout.contains("Tom's old map is in the cold mill\n") && stdout.contains("in the tall well\n"),
         "{stdout}"
     );
+    assert!(!stdout.contains('\u{feff}'), "{stdout}");
     fs::remove_dir_all(dir).unwrap();
+}
+
+#[test]
+fn text_may_begin_with_a_hyphen() {
+    let (object, _) = json(&["--prompt", "--json is a flag", "--stop", "-.", "--max-tokens", "2"]);
+    assert_eq!(object["requests"][0]["prompt"], "--json is a flag");
+}
+
+#[test]
+fn the_budget_is_told_in_whole_blocks() {
+    // 13 blocks of fp8 are the bytes of 6 blocks of the model's bf16 and a half.
+    let (stdout, _) = text(&["--num-blocks", "13", "--max-tokens", "2"]);
+    assert!(stdout.contains("hold 208 tokens (auto 96) in 13 blocks"), "{stdout}");
 }
 
 #[test]

@@ -16,7 +16,7 @@ pub struct Args {
     pub model: Option<PathBuf>,
 
     /// Prompt text; may be given several times
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub prompt: Vec<String>,
 
     /// Prompt as token ids, such as 0,349,342; may be given several times
@@ -72,7 +72,7 @@ pub struct Args {
     pub n: usize,
 
     /// End a sample at this text, which is not printed; may be given several times
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub stop: Vec<String>,
 
     /// Do not end a sample at the model's end-of-sequence tokens

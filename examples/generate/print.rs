@@ -95,7 +95,7 @@ pub fn closing_table(out: &mut impl Write, session: &Session, run: &RunReport) -
     let config = session.model.config();
     let share = 100.0 * run.bytes_per_token as f64 / run.bytes_per_token_auto as f64;
     let tokens = run.num_blocks * run.block_size;
-    let tokens_auto = run.cache_bytes / run.bytes_per_token_auto;
+    let tokens_auto = run.cache_bytes / (run.bytes_per_token_auto * run.block_size) * run.block_size;
     let mut rows = vec![
         ("model", format!("{}, {}, {} layers", session.model_dir.display(), session.model.dtype(), config.num_layers)),
         ("KV cache", format!("{} in blocks of {} tokens, on the CPU", run.format, run.block_size)),

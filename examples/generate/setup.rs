@@ -208,6 +208,8 @@ fn read_lines(path: &Path) -> Result<Vec<String>, Failure> {
     if text.len() as u64 == MAX_PROMPTS_FILE {
         return Err(Failure::User(format!("{} is larger than {MAX_PROMPTS_FILE} bytes", path.display())));
     }
+    // Some editors begin a file with a byte order mark.
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     let lines: Vec<String> = text.lines().filter(|line| !line.trim().is_empty()).map(str::to_owned).collect();
     match lines.is_empty() {
         true => Err(Failure::User(format!("{} has no prompts, one is expected a line", path.display()))),
