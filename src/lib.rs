@@ -72,3 +72,8 @@ pub use faults::Faults;
 pub use format::{DType, Element, KvCacheDtype, KvFormat};
 pub use isa::Isa;
 pub use layout::{CacheLayout, CacheShape, CacheSpec};
+
+/// The examples of the README, compiled and run with the other documentation tests.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct ReadmeDoctests;

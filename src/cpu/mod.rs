@@ -101,6 +101,7 @@ impl Backend for CpuBackend {
         if buffer.is_null() {
             return Err(Error::OutOfMemory { what, bytes });
         }
+        advise_huge_pages(buffer.cast(), bytes);
         // SAFETY: allocated just now by the global allocator with the layout of `len` elements of T, a
         // `Pod`, for which zero bits are a value.
         Ok(unsafe { Vec::from_raw_parts(buffer, len, len) })
@@ -239,3 +240,24 @@ impl Backend for CpuBackend {
         Ok(self.faults.take())
     }
 }
+
+/// Asks for 2 MiB pages where a buffer is large: blocks lie in no order, and looking up the 4 KiB
+/// pages of a block costs a fifth of reading it. Advice only; refusal changes nothing.
+#[cfg(target_os = "linux")]
+fn advise_huge_pages(buffer: *mut u8, bytes: usize) {
+    use std::ffi::{c_int, c_void};
+    unsafe extern "C" {
+        fn madvise(address: *mut c_void, length: usize, advice: c_int) -> c_int;
+    }
+    const HUGE_PAGE: usize = 2 << 20;
+    const MADV_HUGEPAGE: c_int = 14;
+    if bytes >= 4 * HUGE_PAGE {
+        let skipped = buffer.align_offset(HUGE_PAGE);
+        let length = (bytes - skipped) & !(HUGE_PAGE - 1);
+        // SAFETY: whole pages inside a buffer just allocated; the advice changes no contents.
+        unsafe { madvise(buffer.wrapping_add(skipped).cast(), length, MADV_HUGEPAGE) };
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn advise_huge_pages(_: *mut u8, _: usize) {}

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! plan      groups (queries of one sequence, up to MAX_ROWS rows a KV head)
-//!           x chunks of the sequence's positions x KV heads = items
+//!           x chunks of the sequence's positions x runs of KV heads = items
 //! attend    each item on its own (tile.rs): a state (max, sum, values) a query row
 //! finish    one chunk: straight to the output; several: states to the workspace, then merged in
 //!           chunk order
@@ -75,7 +75,7 @@ pub(super) fn run<T: Element>(op: PagedAttention<'_, CpuBackend, T>, isa: Isa, f
     let rows = plan.max_rows;
     plan.for_each_item(
         &plan.items,
-        || Scratch::new(&call.ctx, rows),
+        || (0..plan.heads_at_once).map(|_| Scratch::new(&call.ctx, rows)).collect::<Vec<_>>(),
         |scratch, item| call.run_item(&plan, item, scratch),
     );
     plan.for_each_item(&plan.merges, Vec::new, |values, item| call.merge(&plan, item, values));
@@ -112,29 +112,35 @@ struct State<'a> {
 }
 
 impl<T: Element> Call<'_, T> {
-    fn run_item(&self, plan: &Plan, item: &Item, scratch: &mut Scratch) {
+    fn run_item(&self, plan: &Plan, item: &Item, scratches: &mut [Scratch]) {
         let group = &plan.groups[item.group];
-        self.load_queries(group, item.kv_head, scratch);
         let (start, end) = group.chunk(item.chunk);
-        let span = Span {
-            seq: group.seq,
-            kv_head: item.kv_head,
-            num_queries: group.num_queries,
-            first_position: group.first_position,
-            start,
-            end,
-            scale: self.score_scale(item.kv_head),
-        };
-        attend(&self.ctx, &span, scratch);
-        for row in 0..group.num_queries * self.ctx.group_size {
-            let (token, head) = self.row(group, item.kv_head, row);
-            let (max, sum) = (scratch.max[row], scratch.sum[row]);
-            let values = &scratch.acc_row(row)[..self.ctx.shape.spec.v_head_dim];
-            let state = State { max, sum, values };
-            if group.num_chunks() == 1 {
-                self.finish(token, head, state);
-            } else {
-                self.store_partial(token, head, item.chunk - group.first_chunk, state);
+        let scratches = &mut scratches[..item.num_heads];
+        let mut spans = Vec::with_capacity(item.num_heads);
+        for (kv_head, scratch) in (item.kv_head..).zip(scratches.iter_mut()) {
+            self.load_queries(group, kv_head, scratch);
+            spans.push(Span {
+                seq: group.seq,
+                kv_head,
+                num_queries: group.num_queries,
+                first_position: group.first_position,
+                start,
+                end,
+                scale: self.score_scale(kv_head),
+            });
+        }
+        attend(&self.ctx, &spans, scratches);
+        for (kv_head, scratch) in (item.kv_head..).zip(scratches) {
+            for row in 0..group.num_queries * self.ctx.group_size {
+                let (token, head) = self.row(group, kv_head, row);
+                let (max, sum) = (scratch.max[row], scratch.sum[row]);
+                let values = &scratch.acc_row(row)[..self.ctx.shape.spec.v_head_dim];
+                let state = State { max, sum, values };
+                if group.num_chunks() == 1 {
+                    self.finish(token, head, state);
+                } else {
+                    self.store_partial(token, head, item.chunk - group.first_chunk, state);
+                }
             }
         }
     }
@@ -228,8 +234,10 @@ impl<T: Element> Call<'_, T> {
     /// Merges the partial states of an item's rows, in chunk order.
     fn merge(&self, plan: &Plan, item: &Item, values: &mut Vec<f32>) {
         let (group, dim) = (&plan.groups[item.group], self.ctx.shape.spec.v_head_dim);
-        for row in 0..group.num_queries * self.ctx.group_size {
-            let (token, head) = self.row(group, item.kv_head, row);
+        let rows = group.num_queries * self.ctx.group_size;
+        let heads = item.kv_head..item.kv_head + item.num_heads;
+        for (kv_head, row) in heads.flat_map(|kv_head| (0..rows).map(move |row| (kv_head, row))) {
+            let (token, head) = self.row(group, kv_head, row);
             let states = (0..group.num_chunks()).map(|chunk| {
                 // SAFETY: written by `store_partial` of this row's items, which have all ended.
                 let partial = unsafe { std::slice::from_raw_parts(self.partial(token, head, chunk), dim + 2) };

@@ -9,7 +9,7 @@
 //! chunk. The more tokens a call has the fewer chunks a sequence gets: their product is bounded,
 //! and with many tokens there are items enough without.
 
-use super::kernels::TILE;
+use super::kernels::{DIRECT_ROWS, TILE};
 use super::tile::MAX_ROWS;
 use crate::args::PagedAttention;
 use crate::cpu::CpuBackend;
@@ -76,12 +76,13 @@ impl Group {
     }
 }
 
-/// A group's work on one chunk and KV head. Merges ignore the chunk.
+/// A group's work on one chunk and `num_heads` KV heads. Merges ignore the chunk.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Item {
     pub(super) group: usize,
     pub(super) chunk: usize,
     pub(super) kv_head: usize,
+    pub(super) num_heads: usize,
 }
 
 /// The work of one call.
@@ -93,6 +94,8 @@ pub(super) struct Plan {
     pub(super) max_rows: usize,
     /// Chunks the workspace has room for.
     pub(super) max_chunks: usize,
+    /// KV heads of an item at most.
+    pub(super) heads_at_once: usize,
     /// Whether other threads are worth waking.
     #[cfg_attr(not(feature = "parallel"), allow(dead_code))]
     parallel: bool,
@@ -104,7 +107,15 @@ impl Plan {
         let spec = &op.shape.spec;
         let max_chunks = max_chunks(&op.shape, op.num_tokens);
         let queries_at_once = (MAX_ROWS / op.group_size()).max(1);
-        let mut plan = Plan { groups: vec![], items: vec![], merges: vec![], max_rows: 0, max_chunks, parallel: false };
+        let mut plan = Plan {
+            groups: vec![],
+            items: vec![],
+            merges: vec![],
+            max_rows: 0,
+            max_chunks,
+            heads_at_once: 1,
+            parallel: false,
+        };
         let capacity = op.block_table_stride.saturating_mul(spec.block_size);
         let mut positions: usize = 0;
         let starts = &op.query_starts[..op.num_seqs() + 1];
@@ -132,25 +143,38 @@ impl Plan {
                 };
                 (group.first_chunk, group.last_chunk) = (first_key / chunk_len, last_key / chunk_len);
                 positions = positions.saturating_add(last_key + 1 - first_key.min(last_key));
-                plan.add(group, spec.num_kv_heads, op.group_size());
+                plan.max_rows = plan.max_rows.max(num_queries * op.group_size());
+                plan.groups.push(group);
             }
         }
+        plan.make_items(spec.num_kv_heads);
         let bytes = (spec.k_head_dim * spec.k_format.bytes() + spec.v_head_dim * spec.v_format.bytes())
             .saturating_mul(spec.num_kv_heads);
         plan.parallel = positions.saturating_mul(bytes) >= PARALLEL_BYTES;
         plan
     }
 
-    fn add(&mut self, group: Group, kv_heads: usize, group_size: usize) {
-        let index = self.groups.len();
-        self.max_rows = self.max_rows.max(group.num_queries * group_size);
-        for chunk in group.first_chunk..=group.last_chunk {
-            self.items.extend((0..kv_heads).map(|kv_head| Item { group: index, chunk, kv_head }));
+    /// Items of all groups. How many heads an item takes does not show in any result.
+    fn make_items(&mut self, kv_heads: usize) {
+        if self.max_rows <= DIRECT_ROWS {
+            let chunks: usize = self.groups.iter().map(Group::num_chunks).sum();
+            self.heads_at_once = (chunks * kv_heads / MIN_ITEMS).clamp(1, kv_heads);
         }
-        if group.num_chunks() > 1 {
-            self.merges.extend((0..kv_heads).map(|kv_head| Item { group: index, chunk: 0, kv_head }));
+        for (index, group) in self.groups.iter().enumerate() {
+            let heads = (0..kv_heads).step_by(self.heads_at_once);
+            let item = |chunk, kv_head| Item {
+                group: index,
+                chunk,
+                kv_head,
+                num_heads: self.heads_at_once.min(kv_heads - kv_head),
+            };
+            for chunk in group.first_chunk..=group.last_chunk {
+                self.items.extend(heads.clone().map(|head| item(chunk, head)));
+            }
+            if group.num_chunks() > 1 {
+                self.merges.extend(heads.clone().map(|head| item(0, head)));
+            }
         }
-        self.groups.push(group);
     }
 
     /// Runs `work` on every item, each thread with buffers of its own. Items are independent.
@@ -171,6 +195,9 @@ impl Plan {
         }
     }
 }
+
+/// Items to leave for sharing out, before an item takes several KV heads.
+const MIN_ITEMS: usize = 16;
 
 /// Below this many cached bytes waking other threads costs more than they save.
 const PARALLEL_BYTES: usize = 1 << 18;

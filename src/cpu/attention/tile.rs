@@ -1,7 +1,7 @@
-//! One work item: the query rows of one KV head against one chunk of one sequence, tile by tile.
+//! One work item: the query rows of some KV heads against one chunk of one sequence, tile by tile.
 //!
 //! ```text
-//! for each tile of TILE positions some row sees:
+//! for each tile of TILE positions some row sees, for each KV head:
 //!     find its rows (pages, bad blocks); many query rows: decode it to f32 once
 //!     scores = Q K^T;  online softmax a row;  acc = acc*alpha + P V
 //! ```
@@ -158,6 +158,14 @@ impl Scratch {
         [q, acc, scores, tile, codes, dynamic]
     }
 
+    /// Empty states for `rows` rows.
+    fn begin(&mut self, rows: usize) {
+        self.max[..rows].fill(f32::NEG_INFINITY);
+        self.sum[..rows].fill(0.0);
+        let len = rows * self.acc_stride;
+        self.split()[1][..len].fill(0.0);
+    }
+
     /// Query row `row`, to be filled with `k_head_dim` values.
     pub(super) fn query_row(&mut self, row: usize) -> &mut [f32] {
         let stride = self.q_stride;
@@ -180,107 +188,133 @@ impl Span {
     }
 }
 
-/// Runs one item. The queries are in `scratch`; the row states end there.
-pub(super) fn attend(ctx: &Context<'_>, span: &Span, scratch: &mut Scratch) {
-    let spec = &ctx.shape.spec;
+/// Runs one item: `spans` are those of neighbouring KV heads, equal but for head and scale, each
+/// with a scratch that holds its queries and where its row states end.
+///
+/// The heads take turns tile by tile: a block's tiles of neighbouring heads lie side by side (HND)
+/// or in the same rows (NHD), so that memory is read in longer runs and pages are looked up once.
+pub(super) fn attend(ctx: &Context<'_>, spans: &[Span], scratches: &mut [Scratch]) {
+    let span = &spans[0];
     let rows = span.num_queries * ctx.group_size;
-    scratch.max[..rows].fill(f32::NEG_INFINITY);
-    scratch.sum[..rows].fill(0.0);
-    let (mut max, mut sum) = (std::mem::take(&mut scratch.max), std::mem::take(&mut scratch.sum));
-    let (mut alpha, mut visible) = (std::mem::take(&mut scratch.alpha), std::mem::take(&mut scratch.visible));
-    let (q_stride, acc_stride) = (scratch.q_stride, scratch.acc_stride);
-    let [q, acc, scores, tile, codes, dynamic] = scratch.split();
-    acc[..rows * acc_stride].fill(0.0);
-    let (k_dynamic, v_dynamic) = dynamic.split_at_mut(TILE);
-
+    for scratch in scratches.iter_mut() {
+        scratch.begin(rows);
+    }
     let window = ctx.params.sliding_window;
     let last = span.visible(span.num_queries - 1, window).1;
     let end = last.clamp(span.start as i64, span.end as i64) as usize;
     let first = span.visible(0, window).0.clamp(span.start as i64, end as i64) as usize;
-    let decode_tiles = rows > DIRECT_ROWS;
-    let packed = ctx.packed;
-    let row_bytes = |half: Half, off: bool| if off { 0 } else { spec.head_dim(half) * spec.format(half).bytes() };
-    let scale = if ctx.params.soft_cap.is_some() { span.scale } else { span.scale * LOG2_E };
 
     let mut start = first - first % TILE;
     let mut found = find(ctx, span, start, first, end);
-    if !packed.k {
-        let ahead = Ahead { rows: &found.k, bytes: row_bytes(Half::K, false) };
+    if !ctx.packed.k {
+        let ahead = Ahead { rows: &found.k, bytes: row_bytes(ctx, Half::K) };
         // SAFETY: a prefetch reads nothing.
         unsafe { (ctx.kernels.k.prefetch)(&ahead, found.len) };
     }
     while start < end {
-        let next = find(ctx, span, start + TILE, first, end);
-        let len = found.len;
-
-        let mut keys = found.k;
-        if packed.k {
-            unpack(ctx, span, Half::K, &found, codes, &mut keys);
-        }
-        let mut kernels = ctx.kernels.k;
-        if decode_tiles {
-            decode(&kernels, &mut keys, len, spec.k_head_dim, tile, q_stride);
-            kernels = ctx.decoded;
-        }
-        let (q, p) = (q.as_ptr(), scores.as_mut_ptr());
-        let ahead = Ahead { rows: &found.v, bytes: row_bytes(Half::V, packed.v) };
-        let qk = Qk { q, q_stride, rows, keys: &keys, tokens: len, dim: spec.k_head_dim, ahead, scores: p };
-        // SAFETY: `q` and `scores` have padded rows; every pointer of `keys` is a row of the cache,
-        // of scratch or of ZEROS, each at least `dim` elements long; see `find`.
-        unsafe { (kernels.qk)(&qk) };
-
-        let k_dynamic = gather_dynamic(ctx, span, Half::K, &found, k_dynamic);
-        let v_dynamic = gather_dynamic(ctx, span, Half::V, &found, v_dynamic);
-        for row in 0..rows {
-            let (query, head) = (row / ctx.group_size, span.kv_head * ctx.group_size + row % ctx.group_size);
-            let (lo, hi) = span.visible(query, window);
-            let clip = |at: i64| (at.max(span.start as i64) - start as i64).clamp(0, len as i64) as usize;
-            visible[row] = (clip(lo), clip(hi).max(clip(lo)));
-            let position = span.first_position + query as i64;
-            let softmax = Softmax {
-                // SAFETY: `rows` rows of TILE scores.
-                scores: unsafe { p.add(row * TILE) },
-                scale,
-                k_dynamic,
-                v_dynamic,
-                soft_cap: ctx.params.soft_cap,
-                alibi: ctx.alibi_slopes.map(|slopes| (slopes[head] * LOG2_E, (start as i64 - position) as f32)),
-                visible: visible[row],
-                bad: found.bad,
-                max: max[row],
+        for (i, scratch) in scratches.iter_mut().enumerate() {
+            let next = match spans.get(i + 1) {
+                Some(next) => find(ctx, next, start, first, end),
+                None => find(ctx, span, start + TILE, first, end),
             };
-            // SAFETY: the three pointers are null or TILE floats.
-            let (new_max, weights) = unsafe { (ctx.kernels.k.softmax)(&softmax) };
-            alpha[row] = rescale(max[row], new_max);
-            max[row] = new_max;
-            sum[row] = sum[row] * alpha[row] + weights;
+            attend_tile(ctx, &spans[i], &found, &next, scratch);
+            found = next;
         }
-
-        let mut values = found.v;
-        if packed.v {
-            unpack(ctx, span, Half::V, &found, codes, &mut values);
-        }
-        let mut kernels = ctx.kernels.v;
-        if decode_tiles {
-            decode(&kernels, &mut values, len, spec.v_head_dim, tile, acc_stride);
-            kernels = ctx.decoded;
-        }
-        let pv = Pv {
-            p,
-            rows,
-            values: &values,
-            visible: &visible,
-            dim: spec.v_head_dim,
-            ahead: Ahead { rows: &next.k, bytes: row_bytes(Half::K, packed.k) },
-            alpha: &alpha,
-            acc: acc.as_mut_ptr(),
-            acc_stride,
-        };
-        // SAFETY: as for `qk`; `visible` ranges end at `len`.
-        unsafe { (kernels.pv)(&pv) };
-        found = next;
         start += TILE;
     }
+}
+
+/// Bytes of a row to prefetch; none where rows lie in pieces.
+fn row_bytes(ctx: &Context<'_>, half: Half) -> usize {
+    let packed = match half {
+        Half::K => ctx.packed.k,
+        Half::V => ctx.packed.v,
+    };
+    let spec = &ctx.shape.spec;
+    if packed { 0 } else { spec.head_dim(half) * spec.format(half).bytes() }
+}
+
+/// Adds one tile to the states of one KV head's rows, and prefetches the tile after it.
+fn attend_tile(ctx: &Context<'_>, span: &Span, found: &Found, next: &Found, scratch: &mut Scratch) {
+    let spec = &ctx.shape.spec;
+    let rows = span.num_queries * ctx.group_size;
+    let (mut max, mut sum) = (std::mem::take(&mut scratch.max), std::mem::take(&mut scratch.sum));
+    let (mut alpha, mut visible) = (std::mem::take(&mut scratch.alpha), std::mem::take(&mut scratch.visible));
+    let (q_stride, acc_stride) = (scratch.q_stride, scratch.acc_stride);
+    let [q, acc, scores, tile, codes, dynamic] = scratch.split();
+    let (k_dynamic, v_dynamic) = dynamic.split_at_mut(TILE);
+
+    let window = ctx.params.sliding_window;
+    let decode_tiles = rows > DIRECT_ROWS;
+    let packed = ctx.packed;
+    let scale = if ctx.params.soft_cap.is_some() { span.scale } else { span.scale * LOG2_E };
+    let (start, len) = (found.start, found.len);
+
+    let mut keys = found.k;
+    if packed.k {
+        unpack(ctx, span, Half::K, found, codes, &mut keys);
+    }
+    let mut kernels = ctx.kernels.k;
+    if decode_tiles {
+        decode(&kernels, &mut keys, len, spec.k_head_dim, tile, q_stride);
+        kernels = ctx.decoded;
+    }
+    let (q, p) = (q.as_ptr(), scores.as_mut_ptr());
+    let ahead = Ahead { rows: &found.v, bytes: row_bytes(ctx, Half::V) };
+    let qk = Qk { q, q_stride, rows, keys: &keys, tokens: len, dim: spec.k_head_dim, ahead, scores: p };
+    // SAFETY: `q` and `scores` have padded rows; every pointer of `keys` is a row of the cache,
+    // of scratch or of ZEROS, each at least `dim` elements long; see `find`.
+    unsafe { (kernels.qk)(&qk) };
+
+    let k_dynamic = gather_dynamic(ctx, span, Half::K, found, k_dynamic);
+    let v_dynamic = gather_dynamic(ctx, span, Half::V, found, v_dynamic);
+    for row in 0..rows {
+        let (query, head) = (row / ctx.group_size, span.kv_head * ctx.group_size + row % ctx.group_size);
+        let (lo, hi) = span.visible(query, window);
+        let clip = |at: i64| (at.max(span.start as i64) - start as i64).clamp(0, len as i64) as usize;
+        visible[row] = (clip(lo), clip(hi).max(clip(lo)));
+        let position = span.first_position + query as i64;
+        let softmax = Softmax {
+            // SAFETY: `rows` rows of TILE scores.
+            scores: unsafe { p.add(row * TILE) },
+            scale,
+            k_dynamic,
+            v_dynamic,
+            soft_cap: ctx.params.soft_cap,
+            alibi: ctx.alibi_slopes.map(|slopes| (slopes[head] * LOG2_E, (start as i64 - position) as f32)),
+            visible: visible[row],
+            bad: found.bad,
+            max: max[row],
+        };
+        // SAFETY: the three pointers are null or TILE floats.
+        let (new_max, weights) = unsafe { (ctx.kernels.k.softmax)(&softmax) };
+        alpha[row] = rescale(max[row], new_max);
+        max[row] = new_max;
+        sum[row] = sum[row] * alpha[row] + weights;
+    }
+
+    let mut values = found.v;
+    if packed.v {
+        unpack(ctx, span, Half::V, found, codes, &mut values);
+    }
+    let mut kernels = ctx.kernels.v;
+    if decode_tiles {
+        decode(&kernels, &mut values, len, spec.v_head_dim, tile, acc_stride);
+        kernels = ctx.decoded;
+    }
+    let pv = Pv {
+        p,
+        rows,
+        values: &values,
+        visible: &visible,
+        dim: spec.v_head_dim,
+        ahead: Ahead { rows: &next.k, bytes: row_bytes(ctx, Half::K) },
+        alpha: &alpha,
+        acc: acc.as_mut_ptr(),
+        acc_stride,
+    };
+    // SAFETY: as for `qk`; `visible` ranges end at `len`.
+    unsafe { (kernels.pv)(&pv) };
     (scratch.max, scratch.sum, scratch.alpha, scratch.visible) = (max, sum, alpha, visible);
 }
 
