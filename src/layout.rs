@@ -134,6 +134,26 @@ impl CacheSpec {
         Ok(self)
     }
 
+    /// The same cache with these channels in a key row and in a value row.
+    ///
+    /// # Errors
+    /// What [`CacheSpec::validate`] refuses.
+    pub fn with_head_dims(mut self, k: usize, v: usize) -> Result<Self> {
+        (self.k_head_dim, self.v_head_dim) = (k, v);
+        self.validate()?;
+        Ok(self)
+    }
+
+    /// The same cache with K stored in one format and V in another.
+    ///
+    /// # Errors
+    /// What [`CacheSpec::validate`] refuses.
+    pub fn with_formats(mut self, k: KvFormat, v: KvFormat) -> Result<Self> {
+        (self.k_format, self.v_format) = (k, v);
+        self.validate()?;
+        Ok(self)
+    }
+
     /// The same cache with a scale per (slot, head).
     ///
     /// # Errors

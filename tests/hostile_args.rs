@@ -41,6 +41,25 @@ fn specs() {
 }
 
 #[test]
+fn halves_may_differ() {
+    let spec = CacheSpec::new(2, 16, 8, KvFormat::F16).unwrap();
+    let spec = spec.with_head_dims(192, 128).unwrap().with_formats(KvFormat::BF16, KvFormat::Fp8E4M3).unwrap();
+    assert_eq!(spec.bytes_per_token().unwrap(), 2 * (192 * 2 + 128));
+    let shape = spec.shape(4).unwrap();
+    assert_eq!(shape.buffer_bytes(Half::K), 4 * 8 * 2 * 192 * 2);
+    assert_eq!(shape.buffer_bytes(Half::V), 4 * 8 * 2 * 128);
+    refused!(spec.with_head_dims(16, 0), Error::Unsupported { .. }, "V head dim", 0);
+    let packed = CacheSpec::new(2, 24, 8, KvFormat::BF16).unwrap().with_layout(CacheLayout::VllmPacked).unwrap();
+    refused!(
+        packed.with_formats(KvFormat::Fp8E4M3, KvFormat::BF16),
+        Error::Unsupported { .. },
+        "K head dim",
+        24,
+        "vLLM-packed"
+    );
+}
+
+#[test]
 fn shapes_and_budgets() {
     use Error::*;
     refused!(spec().shape(0), Zero { .. }, "number of blocks");
