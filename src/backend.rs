@@ -4,9 +4,9 @@
 //! can also allocate, and it runs every operation of [`crate::args`]. Code written over `B:
 //! Backend` (the cache, the reference decoder, the parity tests) runs on every backend unchanged.
 //!
-//! Every operation validates its arguments first and then only enqueues work: no allocation, no
-//! synchronisation, no host read of device data. On the CPU the work is done when the call
-//! returns.
+//! Every operation validates its arguments first and then only enqueues work: no allocation in the
+//! backend's memory, no synchronisation, no host read of device data. On the CPU the work is done
+//! when the call returns, and attention takes a few small scratch vectors of its own a call.
 
 use crate::args::{
     Absmax, CacheWrite, CopyBlocks, Dequantize, Gather, GatherBytes, MergeStates, PagedAttention, Quantize, SwapBlocks,

@@ -53,7 +53,7 @@ pub fn resolve(config: &Config, weights: &Weights, format: KvFormat, source: Sca
     let carried = weights.names().filter(|name| is_kv_scale(name)).min();
     match (source, format, carried) {
         (ScaleSource::Checkpoint, format, Some(_)) if !format.is_quantized() => warn(format!(
-            "the checkpoint carries KV scales; an unquantized cache ({format}) does not use them, fp8 is made for them"
+            "the checkpoint carries KV scales; they are for an fp8 cache, an unquantized one ({format}) does not use them"
         )),
         (ScaleSource::Checkpoint, format, None) if !format.is_quantized() => {}
         (_, format, _) if !format.is_quantized() => {
