@@ -158,7 +158,7 @@ impl Plan {
     fn make_items(&mut self, kv_heads: usize) {
         if self.max_rows <= DIRECT_ROWS {
             let chunks: usize = self.groups.iter().map(Group::num_chunks).sum();
-            self.heads_at_once = (chunks * kv_heads / MIN_ITEMS).clamp(1, kv_heads);
+            self.heads_at_once = (chunks * kv_heads / items_wanted()).clamp(1, kv_heads);
         }
         for (index, group) in self.groups.iter().enumerate() {
             let heads = (0..kv_heads).step_by(self.heads_at_once);
@@ -196,8 +196,16 @@ impl Plan {
     }
 }
 
-/// Items to leave for sharing out, before an item takes several KV heads.
-const MIN_ITEMS: usize = 16;
+/// Items to leave for sharing out, before an item takes several KV heads: two a thread, so that
+/// one that starts late leaves something to take over, and what starts and ends an item is paid
+/// rarely.
+fn items_wanted() -> usize {
+    #[cfg(feature = "parallel")]
+    let threads = rayon::current_num_threads();
+    #[cfg(not(feature = "parallel"))]
+    let threads = 1;
+    2 * threads
+}
 
 /// Below this many cached bytes waking other threads costs more than they save.
 const PARALLEL_BYTES: usize = 1 << 18;
