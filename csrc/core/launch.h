@@ -1,0 +1,104 @@
+// The host side of a launch.
+//
+//   int status = QKV_LAUNCH((kernel<128, true>), grid, threads, shared_bytes, stream, params...);
+//
+// enqueues and answers a quantkv_status; nothing waits. Also what launchers ask of the device at hand.
+#pragma once
+#include "../quantkv.h"
+#include "platform.h"
+
+namespace quantkv {
+
+// Blocks in the three dimensions of a grid.
+struct Grid {
+  int64_t x, y, z;
+};
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Limits of grids on every device supported; launchers loop inside kernels beyond them.
+constexpr int64_t kMaxGridX = 0x7fffffff;
+constexpr int64_t kMaxGridYZ = 65535;
+
+} // namespace quantkv
+
+#if defined(QUANTKV_SIMT)
+
+#include "simt/launch.h" // testing/simt
+
+#else
+
+#include <cuda_runtime_api.h>
+
+namespace quantkv {
+
+// What launchers need to know of the current device. Queried from the driver's tables, without synchronising.
+struct Device {
+  int multiprocessors;
+  int compute_capability; // 10 * major + minor
+  int max_shared_bytes;   // dynamic shared memory a block may ask for
+};
+
+inline int status_of(cudaError_t error) {
+  switch (error) {
+  case cudaSuccess: return QUANTKV_OK;
+  case cudaErrorNoKernelImageForDevice:
+  case cudaErrorInvalidDeviceFunction: return QUANTKV_NO_KERNEL_FOR_DEVICE;
+  case cudaErrorNoDevice:
+  case cudaErrorInsufficientDriver: return QUANTKV_NO_DEVICE;
+  default: return QUANTKV_DEVICE_ERROR + static_cast<int>(error);
+  }
+}
+
+inline int current_device(Device &device) {
+  int id = 0, major = 0, minor = 0;
+  cudaError_t error = cudaGetDevice(&id);
+  const struct {
+    int *value;
+    cudaDeviceAttr attribute;
+  } wanted[] = {{&device.multiprocessors, cudaDevAttrMultiProcessorCount},
+                {&device.max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+                {&major, cudaDevAttrComputeCapabilityMajor},
+                {&minor, cudaDevAttrComputeCapabilityMinor}};
+  for (const auto &want : wanted) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(want.value, want.attribute, id);
+  }
+  device.compute_capability = 10 * major + minor;
+  return status_of(error);
+}
+
+template <class... Params, class... Args>
+int launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_bytes, void *stream, bool overlap_previous,
+           Args... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return QUANTKV_OK;
+  if (shared_bytes > 48 * 1024) {
+    cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                             static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return status_of(error);
+  }
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), static_cast<unsigned>(grid.z));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute = {};
+  if (overlap_previous) {
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+  return status_of(cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...));
+}
+
+} // namespace quantkv
+
+#define QKV_UNPAREN(...) __VA_ARGS__
+#define QKV_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...)                                                   \
+  quantkv::launch(QKV_UNPAREN kernel, grid, threads, shared_bytes, stream, false, __VA_ARGS__)
+// The kernel may start while the one before it in the stream ends: it must call wait_for_previous_kernel() before it
+// reads or writes anything that one touches. Devices before sm_90 start it after.
+#define QKV_LAUNCH_OVERLAPPED(kernel, grid, threads, shared_bytes, stream, ...)                                        \
+  quantkv::launch(QKV_UNPAREN kernel, grid, threads, shared_bytes, stream, true, __VA_ARGS__)
+
+#endif
