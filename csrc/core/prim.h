@@ -41,6 +41,9 @@ QKV_DEVICE float log2_approx(float x) {
   return y;
 }
 
+// The larger one; of a number and a NaN the number.
+QKV_DEVICE float maximum(float x, float y) { return fmaxf(x, y); }
+
 // f16 and bf16: exact to f32; from f32 by round to nearest even, infinities kept, NaN stays NaN.
 QKV_DEVICE float to_f32(f16 x) {
   float y;

@@ -1,0 +1,246 @@
+// paged_attention: what its kernels share. How the work is cut, handed out and put together again.
+//
+//   group   up to queries_per_group consecutive queries of one sequence, that attend to the same keys together
+//   column  a KV head and heads_per_column of the query heads that share it (all of them, if rows allow)
+//   rows    of a (group, column): row r is query r / num_heads of the group and head r % num_heads of the column
+//   tile    `tile` positions of a group's keys, counted from position 0; a group has at least one, empty or not
+//   unit    one tile of one (group, column): the work is the units in the order group, column, tile
+//
+// Worker w (a block of a persistent grid) does the units starts[w].unit .. starts[w+1].unit. What it does of one
+// (group, column) is a *piece*. A piece that is all of it is finished at once; another one leaves its softmax state in
+// a slot of the workspace (two a worker: for its first piece and for its last one), and the merge kernel combines the
+// pieces in order. Which worker does what depends on the lengths and the device, never on timing.
+//
+//   plan kernel          (paged_attention_plan.h)      lengths -> groups, starts, merges
+//   an attention kernel  (_decode.h, _prefill.h, _portable.h)  pieces -> outputs or states
+//   merge kernel         (paged_attention_merge.h)     states -> outputs
+//
+// A call has up to two work lists, of sequences with few and with many query rows, each with a plan of its own.
+//
+// Workspace of a list, each part aligned to 256 bytes:
+//   PlanHeader [1]   WorkGroup [max_groups]   WorkerStart [workers + 1]   Merge [workers]
+//   float values [2 * workers, rows, value_stride]     accumulators, relative to max, without the static scale of V
+//   float states [2 * workers, rows, 2]                max (base 2) and sum
+//
+// The plan may be stale or garbage (plan_is_ready): whoever reads it checks it, and stops where it makes no sense.
+#pragma once
+#include "../core/softmax.h"
+#include "../quantkv.h"
+
+namespace quantkv {
+
+// Positions are below this, so that sums of a few of them with small numbers fit an int32_t.
+constexpr int32_t kMaxPositions = 0x7fffff00;
+
+// A call as kernels take it: the caller's struct and what follows from it.
+struct AttentionParams {
+  quantkv_paged_attention op;
+  int32_t group_size;  // query heads that share a KV head
+  int32_t block_shift; // block_size == 1 << block_shift
+  int32_t capacity;    // positions one row of the block table holds, at most kMaxPositions
+  int32_t window;      // keys a query sees at most; kMaxPositions if there is no window
+  // score in base 2 = qk * score_factor, or with a cap  cap * tanh(qk * score_factor)
+  float score_factor;  // softmax_scale * log2(e), or softmax_scale / soft_cap
+  float cap;           // soft_cap * log2(e); 0: none
+};
+
+struct PlanHeader {
+  uint32_t num_merges;
+};
+
+struct alignas(16) WorkGroup {
+  int64_t first_tile;     // tiles of the groups before it
+  int32_t seq;
+  int32_t first_token;    // row of `query` of its first query
+  int32_t num_queries;
+  int32_t first_position; // of its first query; negative ones see nothing
+  int32_t begin, end;     // positions that some query of it sees
+};
+
+struct alignas(16) WorkerStart {
+  int64_t unit;
+  int32_t group;
+  int32_t reserved;
+};
+
+// A (group, column) that several workers share, first_worker .. last_worker.
+struct alignas(16) Merge {
+  int32_t group;
+  int32_t column;
+  int32_t first_worker;
+  int32_t last_worker;
+};
+
+struct WorkList {
+  // Sequences with min_queries .. max_queries queries are in this list.
+  int32_t min_queries, max_queries;
+  int32_t tile;
+  int32_t queries_per_group;
+  int32_t heads_per_column;
+  int32_t columns_per_kv_head; // ceil(group_size / heads_per_column)
+  int32_t columns;             // num_kv_heads * columns_per_kv_head
+  int32_t rows;                // queries_per_group * heads_per_column
+  int32_t workers;
+  int32_t min_tiles;           // a worker is not given less, unless there is not more
+  int32_t max_groups;
+  int32_t value_stride;        // v.head_dim, rounded up to 4
+  PlanHeader *header;
+  WorkGroup *groups;
+  WorkerStart *starts;
+  Merge *merges;
+  float *values;
+  float *states;
+};
+
+// What a worker does in one go.
+struct Piece {
+  int32_t seq;
+  int32_t first_token;    // row of `query` of the first query
+  int32_t num_queries;
+  int32_t first_position; // of the first query
+  int32_t kv_head;
+  int32_t first_head;     // query heads first_head .. first_head + num_heads
+  int32_t num_heads;
+  int32_t begin, end;     // positions to attend to; begin / tile .. is tile aligned but for the first visible key
+  int32_t slot;           // where the state goes; -1: the piece is all there is, finish it
+
+  QKV_DEVICE int rows() const { return num_queries * num_heads; }
+};
+
+QKV_DEVICE int32_t smaller_of(int32_t a, int32_t b) { return a < b ? a : b; }
+QKV_DEVICE int32_t larger_of(int32_t a, int32_t b) { return a > b ? a : b; }
+
+QKV_DEVICE int32_t tiles_of(const WorkGroup &group, int32_t tile) {
+  return larger_of(1, (group.end + tile - 1) / tile - group.begin / tile);
+}
+
+// Whether the group is one that the plan of this call could hold.
+QKV_DEVICE bool is_sound(const AttentionParams &params, const WorkList &list, const WorkGroup &group) {
+  return group.seq >= 0 && group.seq < params.op.num_seqs && group.first_token >= 0 && group.num_queries > 0 &&
+         group.num_queries <= list.queries_per_group &&
+         group.first_token <= params.op.num_tokens - group.num_queries &&
+         group.first_position >= -list.queries_per_group && group.first_position <= params.capacity &&
+         group.begin >= 0 && group.begin <= group.end && group.end <= params.capacity;
+}
+
+// The pieces of one worker. Every thread of the block steps through them alike.
+//
+//   WorkIterator work(params, list, block_index_x());
+//   for (Piece piece; work.next(piece);) ...
+struct WorkIterator {
+  const AttentionParams &params;
+  const WorkList &list;
+  int64_t unit, end;
+  int32_t group, worker;
+  bool is_first;
+
+  QKV_DEVICE WorkIterator(const AttentionParams &params, const WorkList &list, int worker)
+      : params(params), list(list), unit(list.starts[worker].unit), end(list.starts[worker + 1].unit),
+        group(list.starts[worker].group), worker(worker), is_first(true) {}
+
+  QKV_DEVICE bool next(Piece &piece) {
+    if (unit >= end || group < 0 || group >= list.max_groups) return false;
+    const WorkGroup found = list.groups[group];
+    if (!is_sound(params, list, found)) return false;
+    int32_t tiles = tiles_of(found, list.tile);
+    int64_t local = unit - found.first_tile * list.columns;
+    if (local < 0 || local >= static_cast<int64_t>(tiles) * list.columns) return false;
+    int32_t column = static_cast<int32_t>(local / tiles);
+    int32_t first_tile = static_cast<int32_t>(local - static_cast<int64_t>(column) * tiles);
+    int32_t count = end - unit < tiles - first_tile ? static_cast<int32_t>(end - unit) : tiles - first_tile;
+
+    piece.seq = found.seq;
+    piece.first_token = found.first_token;
+    piece.num_queries = found.num_queries;
+    piece.first_position = found.first_position;
+    piece.kv_head = column / list.columns_per_kv_head;
+    int32_t head_in_group = (column - piece.kv_head * list.columns_per_kv_head) * list.heads_per_column;
+    piece.first_head = piece.kv_head * params.group_size + head_in_group;
+    piece.num_heads = smaller_of(list.heads_per_column, params.group_size - head_in_group);
+    int32_t origin = found.begin / list.tile;
+    piece.begin = larger_of(found.begin, (origin + first_tile) * list.tile);
+    // The last tile may end past the largest int32_t.
+    bool is_last = first_tile + count == tiles;
+    piece.end = is_last ? found.end : (origin + first_tile + count) * list.tile;
+    piece.slot = count == tiles ? -1 : 2 * worker + (is_first ? 0 : 1);
+
+    unit += count;
+    if (is_last && column + 1 == list.columns) group++;
+    is_first = false;
+    return true;
+  }
+};
+
+// Block of the positions logical_block << block_shift .., or -1 and a fault if the table names none of the cache.
+// logical_block < block_table_stride.
+QKV_DEVICE int32_t block_of(const AttentionParams &params, int32_t seq, int32_t logical_block) {
+  int32_t block = params.op.block_tables[seq * params.op.block_table_stride + logical_block];
+  if (block >= 0 && block < params.op.cache.num_blocks) return block;
+  set_fault(params.op.cache.faults, QUANTKV_FAULT_BLOCK);
+  return -1;
+}
+
+// Positions a query at `position` sees: first .. last, if any.
+struct Visible {
+  int32_t first, last;
+  QKV_DEVICE bool operator()(int32_t key) const { return key >= first && key <= last; }
+};
+QKV_DEVICE Visible visible_to(const AttentionParams &params, int32_t position) {
+  return {position + 1 - params.window, position};
+}
+
+// The score in base 2, but for ALiBi's bias: slope * log2(e) * (key - position).
+QKV_DEVICE float score_of(const AttentionParams &params, float qk) {
+  float score = qk * params.score_factor;
+  return params.cap == 0.0f ? score : params.cap * tanh_of(score);
+}
+QKV_DEVICE float alibi_slope(const AttentionParams &params, int32_t head) {
+  return params.op.alibi_slopes == nullptr ? 0.0f : params.op.alibi_slopes[head] * kLog2E;
+}
+
+// A static scale: 1 for unquantized formats.
+QKV_DEVICE float static_scale(const quantkv_half &half, int32_t kv_head, int32_t channel) {
+  if (!is_quantized(static_cast<Format>(half.format))) return 1.0f;
+  return half.scale.values[kv_head * half.scale.head_stride + channel * half.scale.channel_stride];
+}
+
+QKV_DEVICE SoftmaxEnd end_of_row(const AttentionParams &params, int32_t head, float max, float sum) {
+  return softmax_end(max, sum, params.op.sinks == nullptr ? negative_infinity() : params.op.sinks[head]);
+}
+
+QKV_DEVICE void store_lse(const AttentionParams &params, int32_t token, int32_t head, float lse) {
+  if (params.op.lse != nullptr) params.op.lse[static_cast<int64_t>(token) * params.op.num_heads + head] = lse;
+}
+
+// Element offset of (token, head, 0) in rows.
+QKV_DEVICE int64_t row_offset(const quantkv_rows &rows, int32_t token, int32_t head) {
+  return token * rows.token_stride + head * rows.head_stride;
+}
+
+// Elements of an activation type known only at run time.
+QKV_DEVICE float load_activation(const void *data, int32_t activation, int64_t index) {
+  switch (static_cast<Format>(activation)) {
+  case Format::F32: return static_cast<const float *>(data)[index];
+  case Format::F16: return to_f32(static_cast<const f16 *>(data)[index]);
+  default: return to_f32(static_cast<const bf16 *>(data)[index]);
+  }
+}
+QKV_DEVICE void store_activation(void *data, int32_t activation, int64_t index, float value) {
+  switch (static_cast<Format>(activation)) {
+  case Format::F32: static_cast<float *>(data)[index] = value; break;
+  case Format::F16: static_cast<f16 *>(data)[index] = to_f16(value); break;
+  default: static_cast<bf16 *>(data)[index] = to_bf16(value); break;
+  }
+}
+
+// Accumulators of a row in a slot, value_stride floats; and its max and sum.
+QKV_DEVICE float *partial_values(const WorkList &list, int32_t slot, int32_t row) {
+  return list.values + (static_cast<int64_t>(slot) * list.rows + row) * list.value_stride;
+}
+QKV_DEVICE void store_partial_state(const WorkList &list, int32_t slot, int32_t row, float max, float sum) {
+  float *state = list.states + (static_cast<int64_t>(slot) * list.rows + row) * 2;
+  state[0] = max;
+  state[1] = sum;
+}
+
+} // namespace quantkv
