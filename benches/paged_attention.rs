@@ -170,6 +170,7 @@ impl Case {
             output_strides: RowStrides::contiguous(heads, dim),
             lse: None,
             workspace: &mut self.workspace,
+            plan_is_ready: false,
         };
         backend.paged_attention(op).expect("valid arguments");
     }

@@ -56,6 +56,7 @@ fn main() -> Result<()> {
         output_strides: rows,
         lse: Some(&mut lse),
         workspace: &mut workspace,
+        plan_is_ready: false,
     })?;
 
     // Slots and block ids are checked by the kernels; what they skipped is asked for when it suits.

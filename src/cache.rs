@@ -204,6 +204,9 @@ pub struct AttentionIo<'a, M: Memory, T: Element> {
     pub lse: Option<M::Mut<'a, f32>>,
     /// Scratch of at least [`PagedKvCache::workspace_len`] floats.
     pub workspace: M::Mut<'a, f32>,
+    /// The workspace holds the plan of an earlier call of this step: see
+    /// [`PagedAttention::plan_is_ready`].
+    pub plan_is_ready: bool,
 }
 
 impl<B: Backend> PagedKvCache<B> {
@@ -413,6 +416,7 @@ impl<B: Backend> PagedKvCache<B> {
             output_strides: io.output_strides,
             lse: io.lse.map(B::shorten_mut),
             workspace: B::shorten_mut(io.workspace),
+            plan_is_ready: io.plan_is_ready,
         })
     }
 

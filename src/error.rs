@@ -203,6 +203,64 @@ pub enum Error {
         bytes: usize,
     },
 
+    /// There is no device to run on: no driver, no GPU, or a driver too old for this build.
+    #[error("no {backend} device: {reason}")]
+    NoDevice {
+        /// The backend's name.
+        backend: &'static str,
+        /// What is missing, in words.
+        reason: String,
+    },
+
+    /// This build has the backend's interface but not its kernels.
+    #[error("{call}: this build holds no {backend} kernels (it was built with QUANTKV_STUB or DOCS_RS set)")]
+    NotCompiled {
+        /// The backend's name.
+        backend: &'static str,
+        /// What was called.
+        call: &'static str,
+    },
+
+    /// The arguments are possible, but no kernel takes them on this device.
+    #[error("{call}: no {backend} kernel for these arguments on this device: {message}")]
+    NoKernel {
+        /// The backend's name.
+        backend: &'static str,
+        /// What was called.
+        call: &'static str,
+        /// The library's own words.
+        message: String,
+    },
+
+    /// The device, its driver or its runtime refused a call. After some errors (an invalid access by any
+    /// kernel of the process, say) the device refuses everything that follows.
+    #[error("{call}: {backend} error {code}: {message}")]
+    Device {
+        /// The backend's name.
+        backend: &'static str,
+        /// What was called.
+        call: &'static str,
+        /// The driver's or the C library's status.
+        code: i64,
+        /// What it stands for.
+        message: String,
+    },
+
+    /// A device buffer that was made by another stream's backend: nothing would order the two.
+    #[error("{what} belongs to another stream than this backend's")]
+    OtherStream {
+        /// The buffer's name.
+        what: &'static str,
+    },
+
+    /// A call that reads or writes host memory, while the stream records a graph: the graph would keep the
+    /// host pointer.
+    #[error("{call} reads or writes host memory and cannot be captured in a graph")]
+    InCapture {
+        /// What was called.
+        call: &'static str,
+    },
+
     /// A file could not be read or written.
     #[error("{}: {source}", path.display())]
     Io {

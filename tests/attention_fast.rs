@@ -170,6 +170,7 @@ impl Case {
             output_strides: RowStrides::contiguous(self.heads, spec.v_head_dim),
             lse: Some(&mut lse),
             workspace: &mut workspace,
+            plan_is_ready: false,
         };
         backend.paged_attention(op).unwrap();
         let faults = backend.faults().unwrap();

@@ -107,6 +107,7 @@ fn attends_over_what_was_written() {
             output_strides: strides,
             lse: Some(&mut lse),
             workspace: &mut workspace,
+            plan_is_ready: false,
         };
         cache.attend(0, &batch, &heads, io).unwrap();
         // A handful of f32 operations, each within one rounding.

@@ -235,6 +235,7 @@ fn unused_strides_may_be_anything() {
             output_strides: max,
             lse: None,
             workspace: &mut workspace,
+            plan_is_ready: false,
         })
         .unwrap();
         assert!(output.iter().all(|&x| x > 0.0 && x <= 2.0), "{output:?}");

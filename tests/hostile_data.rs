@@ -383,6 +383,7 @@ fn random_call(backend: &quantkv::CpuBackend, seed: u64) -> bool {
                 output_strides: strides[1],
                 lse: if rng.chance(50) { Some(buffers.second.view()) } else { None },
                 workspace: &mut workspace,
+                plan_is_ready: false,
             })
         }
     };

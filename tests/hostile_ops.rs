@@ -138,6 +138,7 @@ fn attend(lens: Lens, change: impl FnOnce(&mut PagedAttention<'_, CpuBackend, f3
         output_strides: RowStrides::contiguous(4, 16),
         lse: Some(&mut lse[..]),
         workspace: &mut workspace[..],
+        plan_is_ready: false,
     };
     change(&mut op);
     cpu.paged_attention(op)

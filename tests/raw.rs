@@ -350,6 +350,7 @@ fn reads_interleaved_caches() {
         output_strides: RowStrides::contiguous(HEADS, V_DIM),
         lse: Some(to(&mut lse)),
         workspace: to(&mut workspace),
+        plan_is_ready: false,
     };
     // SAFETY: as above.
     unsafe { raw::paged_attention(&backend, op) }.unwrap();

@@ -109,6 +109,11 @@ pub struct PagedAttention<'a, M: Memory, T: Element> {
     pub lse: Option<M::Mut<'a, f32>>,
     /// Scratch of at least [`crate::Backend::attention_workspace_len`] floats.
     pub workspace: M::Mut<'a, f32>,
+    /// The workspace holds what an earlier call of the same step planned (another layer, usually): the
+    /// same geometry, `num_heads`, `num_tokens`, activation type, sliding window, query starts and
+    /// sequence lengths. A GPU then skips its scheduling kernel; the CPU plans at no cost and ignores
+    /// this. If it is not true results may be wrong; memory outside the buffers is never touched.
+    pub plan_is_ready: bool,
 }
 
 impl<M: Memory, T: Element> PagedAttention<'_, M, T> {

@@ -239,6 +239,8 @@ impl<B: Compute<A>, A: Element> Model<B, A> {
             output_strides: strides,
             lse: None,
             workspace: backend.view_mut(&mut s.workspace),
+            // Layers of one step differ in their window alone.
+            plan_is_ready: index > 0 && config.sliding_windows[index - 1] == sliding_window,
         };
         cache.attend(index, &step, &AttentionHeads::new(heads, params), io)?;
         backend.linear(&s.attended, rows, &layer.o.weight, layer.o.bias.as_ref(), &mut s.update)?;

@@ -376,6 +376,7 @@ pub fn attention<B: Backend>(backend: &B, case: &AttentionCase) -> Result<Attent
             output_strides: case.output.strides,
             lse: lse.as_mut().map(|lse| backend.view_mut(lse)),
             workspace: backend.view_mut(&mut workspace),
+            plan_is_ready: false,
         })?;
         let out = download_as(backend, &output, case.output.data.len());
         let lse = lse.as_ref().zip(case.lse.as_ref()).map(|(lse, like)| download(backend, lse, like.len()));

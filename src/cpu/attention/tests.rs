@@ -127,6 +127,7 @@ fn portable_agrees_with_the_specification() {
                     output_strides: RowStrides::contiguous(heads, 48),
                     lse: Some(&mut lse),
                     workspace: &mut workspace,
+                    plan_is_ready: false,
                 };
                 op.validate().unwrap();
                 let faults = FaultWord::default();
