@@ -82,6 +82,10 @@ int launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_byte
   config.dynamicSmemBytes = shared_bytes;
   config.stream = static_cast<cudaStream_t>(stream);
   cudaLaunchAttribute attribute = {};
+#if defined(QUANTKV_NO_OVERLAP)
+  // build.rs: sm_90 and newer may be given code made for an older device, in which no kernel waits.
+  overlap_previous = false;
+#endif
   if (overlap_previous) {
     attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attribute.val.programmaticStreamSerializationAllowed = 1;
