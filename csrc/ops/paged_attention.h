@@ -24,8 +24,8 @@
 //
 // The plan may be stale or garbage (plan_is_ready): whoever reads it checks it, and stops where it makes no sense.
 #pragma once
+#include "../core/address.h"
 #include "../core/softmax.h"
-#include "../quantkv.h"
 
 namespace quantkv {
 
@@ -35,13 +35,13 @@ constexpr int32_t kMaxPositions = 0x7fffff00;
 // A call as kernels take it: the caller's struct and what follows from it.
 struct AttentionParams {
   quantkv_paged_attention op;
-  int32_t group_size;  // query heads that share a KV head
-  int32_t block_shift; // block_size == 1 << block_shift
-  int32_t capacity;    // positions one row of the block table holds, at most kMaxPositions
-  int32_t window;      // keys a query sees at most; kMaxPositions if there is no window
+  Paging paging;
+  int32_t group_size; // query heads that share a KV head
+  int32_t capacity;   // positions one row of the block table holds, at most kMaxPositions
+  int32_t window;     // keys a query sees at most; kMaxPositions if there is no window
   // score in base 2 = qk * score_factor, or with a cap  cap * tanh(qk * score_factor)
-  float score_factor;  // softmax_scale * log2(e), or softmax_scale / soft_cap
-  float cap;           // soft_cap * log2(e); 0: none
+  float score_factor; // softmax_scale * log2(e), or softmax_scale / soft_cap
+  float cap;          // soft_cap * log2(e); 0: none
 };
 
 struct PlanHeader {
@@ -171,13 +171,11 @@ struct WorkIterator {
   }
 };
 
-// Block of the positions logical_block << block_shift .., or -1 and a fault if the table names none of the cache.
+// Block of the positions logical_block << block_shift and on, or -1 and a fault if the table names none of the cache.
 // logical_block < block_table_stride.
 QKV_DEVICE int32_t block_of(const AttentionParams &params, int32_t seq, int32_t logical_block) {
   int32_t block = params.op.block_tables[seq * params.op.block_table_stride + logical_block];
-  if (block >= 0 && block < params.op.cache.num_blocks) return block;
-  set_fault(params.op.cache.faults, QUANTKV_FAULT_BLOCK);
-  return -1;
+  return checked_block(params.paging, block) ? block : -1;
 }
 
 // Positions a query at `position` sees: first .. last, if any.
@@ -198,10 +196,9 @@ QKV_DEVICE float alibi_slope(const AttentionParams &params, int32_t head) {
   return params.op.alibi_slopes == nullptr ? 0.0f : params.op.alibi_slopes[head] * kLog2E;
 }
 
-// A static scale: 1 for unquantized formats.
+// The static scale of a half; 1 for unquantized formats.
 QKV_DEVICE float static_scale(const quantkv_half &half, int32_t kv_head, int32_t channel) {
-  if (!is_quantized(static_cast<Format>(half.format))) return 1.0f;
-  return half.scale.values[kv_head * half.scale.head_stride + channel * half.scale.channel_stride];
+  return is_quantized(format_of(half)) ? static_scale(half.scale, kv_head, channel) : 1.0f;
 }
 
 QKV_DEVICE SoftmaxEnd end_of_row(const AttentionParams &params, int32_t head, float max, float sum) {
@@ -210,11 +207,6 @@ QKV_DEVICE SoftmaxEnd end_of_row(const AttentionParams &params, int32_t head, fl
 
 QKV_DEVICE void store_lse(const AttentionParams &params, int32_t token, int32_t head, float lse) {
   if (params.op.lse != nullptr) params.op.lse[static_cast<int64_t>(token) * params.op.num_heads + head] = lse;
-}
-
-// Element offset of (token, head, 0) in rows.
-QKV_DEVICE int64_t row_offset(const quantkv_rows &rows, int32_t token, int32_t head) {
-  return token * rows.token_stride + head * rows.head_stride;
 }
 
 // Elements of an activation type known only at run time.
