@@ -1,0 +1,111 @@
+// Streaming loads, asynchronous copies with their groups, and the order of overlapped kernels.
+#include "harness.h"
+
+namespace conformance {
+namespace {
+
+template <int N> QKV_KERNEL void stream_kernel(const uint32_t *in, uint32_t *out, int n) {
+  int i = block_index_x() * block_threads() + thread_index();
+  if (i >= n / N) return;
+  Words<N> words = load_stream(reinterpret_cast<const Words<N> *>(in) + i);
+  for (int w = 0; w < N; w++) out[i * N + w] = words.w[w];
+}
+
+template <int N> void streams(Report &report, const char *name) {
+  constexpr int kWords = 1 << 14;
+  std::vector<uint32_t> in = random_words(kWords, 30);
+  Array<uint32_t> input(in), output(kWords);
+  Grid grid{kWords / 128, 1, 1};
+  check(QKV_LAUNCH((stream_kernel<N>), grid, 128, 0, nullptr, input.get(), output.get(), kWords), name);
+  std::vector<uint32_t> got = output.read();
+  uint64_t wrong = 0;
+  for (int i = 0; i < kWords; i++) wrong += got[i] != in[i];
+  report.line(name, kWords, wrong);
+}
+
+// A ring of kStages: groups are committed ahead, waited for one by one; odd tiles of every third stage are not valid
+// and point past the end of the buffer, where nothing may be read.
+constexpr int kStages = 4, kThreads = 64;
+
+QKV_KERNEL void copy_async_kernel(const Words<4> *in, int tiles, Words<4> *out) {
+  QKV_DYNAMIC_SHARED(bytes);
+  Words<4> *ring = reinterpret_cast<Words<4> *>(bytes); // [kStages][kThreads]
+  int thread = thread_index();
+  auto start = [&](int tile) {
+    if (tile < tiles) {
+      bool valid = tile % 3 != 2 || thread % 2 == 0;
+      const Words<4> *source = valid ? in + tile * kThreads + thread : in + tiles * kThreads + thread;
+      copy_async_16(&ring[(tile % kStages) * kThreads + thread], source, valid);
+    }
+    copy_async_commit(); // empty past the end: the count of groups stays in step
+  };
+  for (int tile = 0; tile < kStages - 1; tile++) start(tile);
+  for (int tile = 0; tile < tiles; tile++) {
+    copy_async_wait<kStages - 2>();
+    sync_threads();
+    // The neighbour's data: needs the barrier, not only the wait.
+    out[tile * kThreads + thread] = ring[(tile % kStages) * kThreads + (thread ^ 1)];
+    sync_threads();
+    start(tile + kStages - 1);
+  }
+  copy_async_wait<0>();
+}
+
+void copies(Report &report) {
+  constexpr int kTiles = 37;
+  std::vector<uint32_t> words = random_words(kTiles * kThreads * 4, 31);
+  std::vector<Words<4>> in(kTiles * kThreads);
+  std::memcpy(in.data(), words.data(), words.size() * 4);
+  Array<Words<4>> input(in), output(in.size());
+  Grid grid{1, 1, 1};
+  check(QKV_LAUNCH((copy_async_kernel), grid, kThreads, kStages * kThreads * sizeof(Words<4>), nullptr, input.get(),
+                   kTiles, output.get()),
+        "copy_async");
+  std::vector<Words<4>> got = output.read();
+  uint64_t wrong = 0;
+  for (int tile = 0; tile < kTiles; tile++) {
+    for (int thread = 0; thread < kThreads; thread++) {
+      int from = thread ^ 1;
+      Words<4> want = {};
+      if (tile % 3 != 2 || from % 2 == 0) want = in[tile * kThreads + from];
+      wrong += std::memcmp(&want, &got[tile * kThreads + thread], sizeof want) != 0;
+    }
+  }
+  report.line("copy_async_16, commit, wait", got.size(), wrong);
+}
+
+// Each kernel adds one to every word the one before it left; all let the next start early, so a wait that does not
+// wait shows as a lost addition.
+QKV_KERNEL void add_one_kernel(const uint32_t *in, uint32_t *out, int n) {
+  allow_next_kernel();
+  wait_for_previous_kernel();
+  int i = block_index_x() * block_threads() + thread_index();
+  if (i < n) out[i] = in[i] + 1;
+}
+
+void overlap(Report &report) {
+  constexpr int kWords = 1 << 16, kKernels = 64;
+  Array<uint32_t> a(std::vector<uint32_t>(kWords, 0)), b(kWords);
+  Grid grid{kWords / 256, 1, 1};
+  for (int i = 0; i < kKernels; i++) {
+    check(QKV_LAUNCH_OVERLAPPED((add_one_kernel), grid, 256, 0, nullptr, i % 2 ? b.get() : a.get(),
+                                i % 2 ? a.get() : b.get(), kWords),
+          "overlapped launch");
+  }
+  std::vector<uint32_t> got = a.read();
+  uint64_t wrong = 0;
+  for (uint32_t x : got) wrong += x != kKernels;
+  report.line("overlapped kernels in order", kWords, wrong);
+}
+
+} // namespace
+
+void test_memory(Report &report, uint64_t) {
+  streams<1>(report, "load_stream, 4 bytes");
+  streams<2>(report, "load_stream, 8 bytes");
+  streams<4>(report, "load_stream, 16 bytes");
+  copies(report);
+  overlap(report);
+}
+
+} // namespace conformance
