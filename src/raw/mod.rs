@@ -7,8 +7,8 @@
 //! they say (see *Contract*).
 //!
 //! This is the middle of the three storeys. On a GPU the lower one is the C ABI (`quantkv.h`: POD
-//! parameter structs, an opaque stream, an `int` status); its generated declarations will be
-//! `raw::bindings`, and `raw::cuda` and `raw::rocm` will hold one `unsafe fn` for each entry point,
+//! parameter structs, an opaque stream, an `int` status); `raw::bindings` (feature `cuda`) has its
+//! generated declarations, and `raw::cuda` and `raw::rocm` will hold one `unsafe fn` for each entry point,
 //! taking the same argument structs and a stream. On the CPU there is no stream and no C below:
 //! work is done when the call returns, by a [`CpuBackend`].
 //!
@@ -26,6 +26,9 @@
 //! of the layer interleave. Every other call does, gaps between blocks included: until it returns,
 //! nobody may write in the range of a buffer it reads, nor touch the range of one it writes, a
 //! neighbouring layer's blocks among them.
+
+#[cfg(feature = "cuda")]
+pub mod bindings;
 
 use crate::args::{
     Absmax, CacheWrite, CopyBlocks, Dequantize, Gather, GatherBytes, LayerMut, LayerRef, MergeStates, PagedAttention,
