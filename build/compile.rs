@@ -47,9 +47,11 @@ impl Job {
         let record = self.object.with_extension("cmd");
         let Some(started) = modified(&record) else { return false };
         let Ok(dependencies) = fs::read_to_string(self.object.with_extension("d")) else { return false };
+        let dependencies = parse_dependencies(&dependencies);
         self.object.is_file()
+            && !dependencies.is_empty()
             && fs::read_to_string(&record).is_ok_and(|command| command == self.command_line())
-            && parse_dependencies(&dependencies).iter().all(|file| modified(file).is_some_and(|time| time < started))
+            && dependencies.iter().all(|file| modified(file).is_some_and(|time| time < started))
     }
 
     fn run(&self) -> Result<(), String> {
@@ -83,10 +85,8 @@ fn modified(file: &Path) -> Option<SystemTime> {
 
 /// The prerequisites of a make rule: `name.o : a.cu b.h \` and so on. A backslash before a space keeps it.
 pub fn parse_dependencies(rule: &str) -> Vec<PathBuf> {
-    let Some((_, files)) = rule.replace("\\\n", " ").split_once(": ").map(|(o, f)| (o.to_owned(), f.to_owned())) else {
-        return Vec::new();
-    };
-    let files = files.replace("\\ ", "\0");
+    let rule = rule.replace("\\\n", " ").replace("\\ ", "\0");
+    let Some((_, files)) = rule.split_once(": ") else { return Vec::new() };
     files.split_whitespace().map(|file| PathBuf::from(file.replace('\0', " "))).collect()
 }
 
