@@ -27,7 +27,7 @@ pub fn build(sanitize: bool) -> Result<(), String> {
     fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
 
     let mut flags = vec!["-std=c++20", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-fno-omit-frame-pointer"];
-    flags.extend(["-Wall", "-Wno-unknown-pragmas", "-DQUANTKV_SIMT", "-Itesting", "-Icsrc"]);
+    flags.extend(["-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-DQUANTKV_SIMT", "-Itesting", "-Icsrc"]);
     if sanitize {
         flags.extend(["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]);
     }

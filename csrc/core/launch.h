@@ -67,6 +67,37 @@ inline int current_device(Device &device) {
   return status_of(error);
 }
 
+// Copies between device and host memory in any direction, in stream order.
+inline int copy_memory(void *dst, const void *src, size_t bytes, void *stream) {
+  return status_of(cudaMemcpyAsync(dst, src, bytes, cudaMemcpyDefault, static_cast<cudaStream_t>(stream)));
+}
+
+// `count` copies in one call, in no order among themselves; not on the null stream. QUANTKV_UNSUPPORTED where the
+// runtime or the driver is older than 12.8, and then nothing was enqueued.
+inline int copy_memory_batch(void *const *dst, const void *const *src, const size_t *bytes, size_t count, void *stream) {
+#if CUDART_VERSION >= 12080
+  cudaMemcpyAttributes attributes = {};
+  attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
+  size_t first = 0; // the attributes hold from copy 0 on
+#if CUDART_VERSION >= 13000
+  const cudaError_t error = cudaMemcpyBatchAsync(dst, src, bytes, count, &attributes, &first, 1, static_cast<cudaStream_t>(stream));
+#else
+  size_t failed = 0;
+  const cudaError_t error =
+      cudaMemcpyBatchAsync(const_cast<void **>(dst), const_cast<void **>(src), const_cast<size_t *>(bytes), count,
+                           &attributes, &first, 1, &failed, static_cast<cudaStream_t>(stream));
+#endif
+  const bool missing = error == cudaErrorNotSupported || error == cudaErrorCallRequiresNewerDriver;
+  return missing ? QUANTKV_UNSUPPORTED : status_of(error);
+#else
+  (void)dst, (void)src, (void)bytes, (void)count, (void)stream;
+  return QUANTKV_UNSUPPORTED;
+#endif
+}
+
+// The runtime's words for its error number.
+inline const char *device_error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
 template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_bytes, void *stream, bool overlap_previous,
            Args... args) {
