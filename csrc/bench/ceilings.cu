@@ -44,7 +44,7 @@ QKV_KERNEL void copy_kernel(Words<4> *dst, const Words<4> *src, int64_t count) {
   for (; i < count; i += stride) dst[i] = src[i];
 }
 
-QKV_KERNEL void empty_kernel() {
+QKV_KERNEL void empty_kernel(int) {
   wait_for_previous_kernel();
   allow_next_kernel();
 }
@@ -116,8 +116,8 @@ QUANTKV_API int quantkv_bench_empty(int overlapped, void *stream) {
   Grid grid = {};
   int status = grid_of(1, int64_t{1} << 30, grid);
   if (status != QUANTKV_OK) return status;
-  return overlapped != 0 ? launch(empty_kernel, grid, kThreads, 0, stream, true)
-                         : launch(empty_kernel, grid, kThreads, 0, stream, false);
+  return overlapped != 0 ? QKV_LAUNCH_OVERLAPPED((empty_kernel), grid, kThreads, 0, stream, 0)
+                         : QKV_LAUNCH((empty_kernel), grid, kThreads, 0, stream, 0);
 }
 
 // Random numbers in (-1, 1) in a quantkv_format; no NaN, no infinity.
