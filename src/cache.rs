@@ -138,6 +138,8 @@ pub struct PagedKvCache<B: Backend> {
     backend: Arc<B>,
     shape: CacheShape,
     layers: Vec<Layer<B>>,
+    /// Another one whenever a buffer is another one.
+    identity: Arc<()>,
 }
 
 /// The sequences of one step, the same for every layer. Fields as in [`PagedAttention`].
@@ -231,12 +233,18 @@ impl<B: Backend> PagedKvCache<B> {
                 })
             })
             .collect::<Result<_>>()?;
-        Ok(PagedKvCache { backend, shape, layers })
+        Ok(PagedKvCache { backend, shape, layers, identity: Arc::default() })
     }
 
     /// The backend the cache lives on.
     pub fn backend(&self) -> &Arc<B> {
         &self.backend
+    }
+
+    /// Stays the same (`Arc::ptr_eq`) as long as every buffer of the cache stays where it is: what a
+    /// captured graph over this cache may be replayed for.
+    pub fn identity(&self) -> &Arc<()> {
+        &self.identity
     }
 
     /// The geometry of every layer.
@@ -316,6 +324,7 @@ impl<B: Backend> PagedKvCache<B> {
     /// stay as they were.
     pub fn set_scales(&mut self, layer: usize, scales: &LayerScales) -> Result<()> {
         let spec = self.shape.spec;
+        let mut moved = false;
         let (backend, target) = self.layer_and_backend(layer)?;
         let in_layer = |source: Error| source.in_layer(layer);
         scales.k.check_fits(&spec, Half::K).map_err(in_layer)?;
@@ -327,7 +336,11 @@ impl<B: Backend> PagedKvCache<B> {
                 backend.upload(host.values(), &mut device.values)?;
             } else {
                 *device = DeviceScale::new(backend, &spec, half, host)?;
+                moved = true;
             }
+        }
+        if moved {
+            self.identity = Arc::default();
         }
         Ok(())
     }

@@ -150,15 +150,29 @@ impl Batch {
         Ok(())
     }
 
+    /// Whether every sequence has one new token, which needs logits: a step of decoding alone.
+    pub(crate) fn is_decode(&self) -> bool {
+        let rows = self.num_tokens();
+        self.num_seqs() == rows && self.num_logits_rows() == rows
+    }
+
+    /// Blocks of the longest table.
+    pub(crate) fn longest_table(&self) -> usize {
+        self.tables().map(<[i32]>::len).max().unwrap_or(0)
+    }
+
     /// The block tables as one `[sequences, stride]` matrix, padded with -1, which no kernel reads.
-    pub(crate) fn padded_tables(&self, table: &mut Vec<i32>) -> usize {
-        let starts = || std::iter::once(0).chain(self.block_ends.iter().copied());
-        let stride = starts().zip(&self.block_ends).map(|(start, end)| end - start).max().unwrap_or(0);
-        table.clear();
-        for (start, end) in starts().zip(&self.block_ends) {
-            table.extend_from_slice(&self.blocks[start..*end]);
-            table.resize(table.len() + stride - (end - start), -1);
+    /// `stride` is at least [`Batch::longest_table`].
+    pub(crate) fn padded_tables(&self, stride: usize, padded: &mut Vec<i32>) {
+        padded.clear();
+        for table in self.tables() {
+            padded.extend_from_slice(table);
+            padded.resize(padded.len() + stride - table.len(), -1);
         }
-        stride
+    }
+
+    fn tables(&self) -> impl Iterator<Item = &[i32]> {
+        let starts = std::iter::once(0).chain(self.block_ends.iter().copied());
+        starts.zip(&self.block_ends).map(|(start, end)| &self.blocks[start..*end])
     }
 }

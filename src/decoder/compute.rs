@@ -7,23 +7,84 @@
 //!
 //! Contract of every operation: a row of the output depends on its row of the input alone and is
 //! computed in the same order whatever the number of rows and threads. So a request gives the
-//! same logits alone, in a batch, in chunks of any size, and after a preemption.
+//! same logits alone, in a batch, in chunks of any size, and after a preemption. (A backend may offer
+//! a matrix library that does not promise this; it says so.)
+
+use std::fmt::Debug;
 
 use super::weights::HostTensor;
 use crate::backend::Backend;
 use crate::error::Result;
-use crate::format::Element;
+use crate::format::{DType, Element};
+
+/// Rows that are computed at a time where they are many and wide. Results do not depend on it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RowsAtOnce {
+    /// Of the MLP's intermediate channels. At least 1.
+    pub mlp: usize,
+    /// Of logits. At least 1.
+    pub logits: usize,
+}
+
+/// A matrix of random weights; see [`super::random`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct RandomMatrix {
+    /// Rows, the outputs of a linear layer.
+    pub rows: usize,
+    /// Columns, its inputs.
+    pub cols: usize,
+    /// How elements are stored.
+    pub dtype: DType,
+    /// Key of the generator.
+    pub seed: u64,
+    /// Standard deviation of an element; the mean is 0.
+    pub deviation: f32,
+}
 
 /// A backend that can run a decoder with activations of type `A`.
 pub trait Compute<A: Element = f32>: Backend {
     /// A weight matrix `[out, in]` in the backend's memory, stored in the checkpoint's type.
-    type Matrix: Send + Sync + std::fmt::Debug;
+    type Matrix: Send + Sync + Debug;
+
+    /// Work that was recorded to be replayed; `()` where nothing is. The default is an empty one.
+    type Recording: Default + Send + Sync + Debug;
 
     /// Takes over a weight matrix. On the CPU the mapped file itself is used.
     ///
     /// # Errors
     /// [`crate::Error::OutOfMemory`], [`crate::Error::InvalidFile`] unless it has two dimensions.
     fn load_matrix(&self, tensor: &HostTensor) -> Result<Self::Matrix>;
+
+    /// Makes a weight matrix of random numbers, the same on every backend.
+    ///
+    /// # Errors
+    /// [`crate::Error::OutOfMemory`], [`crate::Error::Overflow`].
+    fn random_matrix(&self, matrix: &RandomMatrix) -> Result<Self::Matrix>;
+
+    /// How many rows to compute at a time.
+    fn rows_at_once(&self) -> RowsAtOnce {
+        RowsAtOnce { mlp: 128, logits: 32 }
+    }
+
+    /// Whether [`Compute::run_recorded`] records.
+    fn records(&self) -> bool {
+        false
+    }
+
+    /// Runs `work`, or replays what it enqueued before. A backend that does not record runs it. One
+    /// that does runs it the first time, records it and replays the recording the second time, and
+    /// from then on only replays: `work` is not called.
+    ///
+    /// # Errors
+    /// Those of `work`; the backend's own.
+    ///
+    /// # Safety
+    /// Every call with the same recording has a `work` that would enqueue the same operations on the
+    /// same buffers, and those buffers are alive and where they were.
+    unsafe fn run_recorded(&self, recording: &mut Self::Recording, work: &mut dyn FnMut() -> Result<()>) -> Result<()> {
+        let _ = recording;
+        work()
+    }
 
     /// `out[r] = table[ids[r]]` for `rows` ids, each known to be a row of the table.
     ///
@@ -137,5 +198,18 @@ pub trait Compute<A: Element = f32>: Backend {
         num: usize,
         width: usize,
         out: &mut Self::Buffer<A>,
+    ) -> Result<()>;
+
+    /// The greedy token of each of `rows` rows of `vocab_size` logits: the index of the largest, the
+    /// lowest of equals, NaN passed over; -1 where no logit is a number above -inf.
+    ///
+    /// # Errors
+    /// [`crate::Error::BufferTooSmall`].
+    fn greedy(
+        &self,
+        logits: &Self::Buffer<f32>,
+        rows: usize,
+        vocab_size: usize,
+        tokens: &mut Self::Buffer<i32>,
     ) -> Result<()>;
 }

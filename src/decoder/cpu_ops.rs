@@ -4,8 +4,10 @@
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::compute::Compute;
+use super::compute::{Compute, RandomMatrix};
 use super::cpu_linear::{self, Stored};
+use super::random;
+use super::sampling::largest;
 use super::weights::HostTensor;
 use crate::cpu::CpuBackend;
 use crate::error::{Error, Result};
@@ -87,6 +89,7 @@ fn inverse_rms(x: &[f32], eps: f32) -> f32 {
 
 impl Compute for CpuBackend {
     type Matrix = CpuMatrix;
+    type Recording = ();
 
     fn load_matrix(&self, tensor: &HostTensor) -> Result<CpuMatrix> {
         let &[rows, cols] = tensor.shape() else {
@@ -97,6 +100,16 @@ impl Compute for CpuBackend {
             DType::F32 => mapped_or_copied(tensor, Data::F32),
             DType::F16 => mapped_or_copied(tensor, Data::F16),
             DType::BF16 => mapped_or_copied(tensor, Data::BF16),
+        };
+        Ok(CpuMatrix { rows, cols, data })
+    }
+
+    fn random_matrix(&self, matrix: &RandomMatrix) -> Result<CpuMatrix> {
+        let &RandomMatrix { rows, cols, dtype, .. } = matrix;
+        let data = match dtype {
+            DType::F32 => Data::F32(random::matrix(matrix)?),
+            DType::F16 => Data::F16(random::matrix(matrix)?),
+            DType::BF16 => Data::BF16(random::matrix(matrix)?),
         };
         Ok(CpuMatrix { rows, cols, data })
     }
@@ -261,6 +274,16 @@ impl Compute for CpuBackend {
             let start = usize::try_from(*row).unwrap_or(usize::MAX).saturating_mul(width);
             check("rows gathered from", start.saturating_add(width), x.len())?;
             out.copy_from_slice(&x[start..start + width]);
+        }
+        Ok(())
+    }
+
+    fn greedy(&self, logits: &Vec<f32>, rows: usize, vocab_size: usize, tokens: &mut Vec<i32>) -> Result<()> {
+        check("logits", rows * vocab_size, logits.len())?;
+        check("greedy tokens", rows, tokens.len())?;
+        for (row, token) in logits.chunks_exact(vocab_size).zip(&mut tokens[..rows]) {
+            // A vocabulary has fewer than 2^31 tokens: the configuration is checked.
+            *token = largest(row).map_or(-1, |id| id as i32);
         }
         Ok(())
     }

@@ -7,7 +7,8 @@
 //! config            config.json, generation_config.json: every field checked, refused by name
 //! weights           mmap'ed safetensors, one file or sharded, kept as stored
 //! compute           the few operations that are not the cache's: a backend implements them
-//! batch, model      one step: token ids, slots, block tables in, logits out
+//! batch, model      one step: token ids, slots, block tables in, logits or greedy tokens out
+//! random            weights made up, to measure models that were not downloaded
 //! tokenizer, chat   text -> token ids and back
 //! sampling          logits -> next token
 //! kv_scales         which static scales the cache gets
@@ -19,7 +20,8 @@
 //! logits in one chunk or in many.
 //!
 //! Activations are f32 on the CPU, also where the checkpoint is bf16: results then differ from an
-//! implementation that rounds every activation to bf16 by that rounding, and by nothing else.
+//! implementation that rounds every activation to bf16 by that rounding, and by nothing else. On CUDA
+//! they are f32, f16 or bf16, as the caller of [`Model`] chooses.
 
 pub mod batch;
 pub mod chat;
@@ -30,9 +32,14 @@ mod cpu_ops;
 pub mod engine;
 pub(crate) mod json;
 pub mod kv_scales;
+mod loader;
 pub mod model;
+mod network;
+pub mod random;
+mod recorded;
 pub mod rope;
 pub mod sampling;
+mod scratch;
 mod strftime;
 mod text;
 pub mod tokenizer;

@@ -90,6 +90,11 @@ impl SamplingParams {
         self.temperature < GREEDY_TEMPERATURE
     }
 
+    /// Whether the token is the largest logit as the model computed it: greedy, and no penalties.
+    pub fn is_plain_greedy(&self) -> bool {
+        self.is_greedy() && !self.needs_history()
+    }
+
     fn needs_history(&self) -> bool {
         self.repetition_penalty != 1.0 || self.frequency_penalty != 0.0 || self.presence_penalty != 0.0
     }
@@ -114,6 +119,11 @@ pub struct Candidate {
 }
 
 impl Sampler {
+    /// How it chooses.
+    pub fn params(&self) -> &SamplingParams {
+        &self.params
+    }
+
     /// A sampler for sample number `sample` of a request.
     ///
     /// # Errors
@@ -133,7 +143,7 @@ impl Sampler {
     pub fn sample(&mut self, logits: &mut [f32], history: &[u32], prompt_len: usize) -> Result<u32> {
         penalize(&self.params, logits, history, prompt_len);
         if self.params.is_greedy() {
-            return argmax(logits);
+            return largest(logits).ok_or_else(no_logit);
         }
         // Not kept between calls: 16 bytes a token of the vocabulary, for every sequence of an engine.
         let mut candidates = Vec::new();
@@ -193,21 +203,19 @@ fn penalize(params: &SamplingParams, logits: &mut [f32], history: &[u32], prompt
     }
 }
 
-/// The lowest id of the largest logit.
-fn argmax(logits: &[f32]) -> Result<u32> {
-    let mut best: Option<usize> = None;
+/// The lowest id of the largest logit, if one is a number above -inf.
+pub(crate) fn largest(logits: &[f32]) -> Option<u32> {
+    let mut best = (f32::NEG_INFINITY, None);
     for (id, &x) in logits.iter().enumerate() {
-        if !x.is_nan() && best.is_none_or(|b| x > logits[b]) {
-            best = Some(id);
+        if x > best.0 {
+            best = (x, Some(id as u32));
         }
     }
-    match best {
-        Some(id) if logits[id] > f32::NEG_INFINITY => Ok(id as u32),
-        _ => Err(no_logit()),
-    }
+    best.1
 }
 
-fn no_logit() -> Error {
+/// The model's logits are no numbers.
+pub(crate) fn no_logit() -> Error {
     Error::InvalidNumber {
         what: "the largest logit",
         value: f64::NAN,

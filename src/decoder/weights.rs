@@ -126,6 +126,11 @@ pub struct Weights {
 }
 
 impl Weights {
+    /// The tensors of a model that has no checkpoint.
+    pub(crate) fn none() -> Weights {
+        Weights { root: PathBuf::from("(no checkpoint)"), entries: HashMap::new(), mapped_bytes: 0 }
+    }
+
     /// Maps the checkpoint in `dir`.
     ///
     /// The files stay mapped as long as this or a tensor of it lives. Nobody may write to or truncate

@@ -15,6 +15,7 @@ mod request;
 mod scheduler;
 mod sequence;
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -32,12 +33,10 @@ use super::{Batch, WantedLogits};
 use crate::blocks::BlockPool;
 use crate::cache::{HostPool, PagedKvCache};
 use crate::error::{Error, Result};
-use crate::format::KvFormat;
+use crate::format::{Element, KvFormat};
 
 /// Samples one request may ask for.
 const MAX_SAMPLES: usize = 4096;
-/// Rows of logits that exist at once: of a vocabulary of 128k, 16 MiB.
-const LOGITS_ROWS: usize = 32;
 
 /// Sizes and switches of an [`Engine`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,8 +76,8 @@ impl EngineConfig {
 
 /// Generates text. Borrows the model, so that several caches can be tried with it.
 #[derive(Debug)]
-pub struct Engine<'m, B: Compute> {
-    model: &'m mut Model<B>,
+pub struct Engine<'m, B: Compute<A>, A: Element = f32> {
+    model: &'m mut Model<B, A>,
     tokenizer: Option<Arc<Tokenizer>>,
     config: EngineConfig,
     cache: PagedKvCache<B>,
@@ -90,14 +89,14 @@ pub struct Engine<'m, B: Compute> {
     batch: Batch,
 }
 
-impl<'m, B: Compute> Engine<'m, B> {
+impl<'m, B: Compute<A>, A: Element> Engine<'m, B, A> {
     /// Allocates the cache. Without a tokenizer there is no text, and no stop strings.
     ///
     /// # Errors
     /// What [`Model::cache_spec`], [`PagedKvCache::new`] and [`BlockPool::new`] refuse;
     /// [`Error::Zero`] for limits of zero.
     pub fn new(
-        model: &'m mut Model<B>,
+        model: &'m mut Model<B, A>,
         tokenizer: Option<Arc<Tokenizer>>,
         config: EngineConfig,
         scales: &KvScales,
@@ -261,10 +260,10 @@ impl<'m, B: Compute> Engine<'m, B> {
         self.fill_batch(&step.rows)?;
         self.model.compute(&self.batch, &mut self.cache)?;
         let sampling: Vec<usize> = step.rows.iter().filter(|row| row.samples).map(|row| row.index).collect();
-        for (chunk, running) in sampling.chunks(LOGITS_ROWS).enumerate() {
-            let first = chunk * LOGITS_ROWS;
-            let mut logits = self.model.logits(first..first + running.len())?.to_vec();
-            self.sample(running, &mut logits, &mut on_event)?;
+        let at_once = self.model.logits_rows_at_once();
+        for (chunk, running) in sampling.chunks(at_once).enumerate() {
+            let first = chunk * at_once;
+            self.sample(running, first..first + running.len(), &mut on_event)?;
         }
         self.scheduler.remove_finished(|sequence| sequence.finished)?;
         self.count(&step, started.elapsed().as_secs_f64());
@@ -312,19 +311,41 @@ impl<'m, B: Compute> Engine<'m, B> {
         Ok(())
     }
 
-    /// Samples a token for each of the `running` sequences from its row of logits; a prompt's
-    /// first one for each of its samples.
-    fn sample(&mut self, running: &[usize], logits: &mut [f32], on_event: &mut impl FnMut(Event<'_>)) -> Result<()> {
+    /// Samples a token for each of the `running` sequences from its row of logits, `rows` of those that
+    /// the step computed; a prompt's first one for each of its samples. Where all are greedy only the
+    /// tokens leave the backend's memory.
+    fn sample(&mut self, running: &[usize], rows: Range<usize>, on_event: &mut impl FnMut(Event<'_>)) -> Result<()> {
+        let plain_greedy = |index: &usize| self.scheduler.running[*index].sequence.sampler.params().is_plain_greedy();
+        if running.iter().all(plain_greedy) {
+            let tokens = self.model.greedy(rows)?.to_vec();
+            return running.iter().zip(tokens).try_for_each(|(&index, token)| {
+                self.with_forks(index, |engine, index| engine.next_token(index, token, on_event))
+            });
+        }
         let vocab_size = self.model.config().vocab_size;
-        for (&index, logits) in running.iter().zip(logits.chunks_exact_mut(vocab_size)) {
-            let forks = std::mem::take(&mut self.scheduler.running[index].sequence.forks);
-            for sample in 1..=forks {
-                let fork = self.fork(index, sample)?;
-                self.next_token(fork, &mut logits.to_vec(), on_event)?;
-            }
-            self.next_token(index, logits, on_event)?;
+        let logits = self.model.logits(rows)?.to_vec();
+        for (&index, logits) in running.iter().zip(logits.chunks_exact(vocab_size)) {
+            // Penalties overwrite logits; samples of one prompt begin with the same.
+            let mut scratch = Vec::new();
+            self.with_forks(index, |engine, index| {
+                scratch.clear();
+                scratch.extend_from_slice(logits);
+                let sequence = &mut engine.scheduler.running[index].sequence;
+                let token = sequence.sampler.sample(&mut scratch, &sequence.tokens, sequence.prompt_len)?;
+                engine.next_token(index, token, on_event)
+            })?;
         }
         Ok(())
+    }
+
+    /// Calls `sample` for each sample that is still to be forked off `index`, and then for `index` itself.
+    fn with_forks(&mut self, index: usize, mut sample: impl FnMut(&mut Self, usize) -> Result<()>) -> Result<()> {
+        let forks = std::mem::take(&mut self.scheduler.running[index].sequence.forks);
+        for number in 1..=forks {
+            let fork = self.fork(index, number)?;
+            sample(self, fork)?;
+        }
+        sample(self, index)
     }
 
     fn fork(&mut self, parent: usize, sample: usize) -> Result<usize> {
@@ -340,11 +361,11 @@ impl<'m, B: Compute> Engine<'m, B> {
         self.scheduler.fork(parent, fork)
     }
 
-    fn next_token(&mut self, index: usize, logits: &mut [f32], on_event: &mut impl FnMut(Event<'_>)) -> Result<()> {
+    /// Appends a token to the sequence `index` and reports it.
+    fn next_token(&mut self, index: usize, token: u32, on_event: &mut impl FnMut(Event<'_>)) -> Result<()> {
         let sequence = &mut self.scheduler.running[index].sequence;
         let (request, outputs) = &mut self.requests[sequence.request];
         let output = &mut outputs[sequence.sample];
-        let token = sequence.sampler.sample(logits, &sequence.tokens, sequence.prompt_len)?;
         sequence.tokens.push(token);
         output.token_ids.push(token);
 
