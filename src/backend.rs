@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::faults::Faults;
 use crate::format::{Element, Pod};
 use crate::layout::CacheShape;
-use crate::memory::{Host, Memory};
+use crate::memory::{Host, Memory, PageLock};
 
 /// Something that owns memory and runs the operations.
 pub trait Backend: Memory + Send + Sync + Sized + 'static {
@@ -49,6 +49,20 @@ pub trait Backend: Memory + Send + Sync + Sized + 'static {
 
     /// Borrows a whole buffer for writing.
     fn view_mut<'a, T: Pod>(&self, buffer: &'a mut Self::Buffer<T>) -> Self::Mut<'a, T>;
+
+    /// Locks pages of host memory, so that the device copies from and to it directly and without waiting:
+    /// what a pool to swap to should be made of. Locking is slow, and takes whole pages. A backend
+    /// that works in host memory has nothing to do.
+    ///
+    /// # Errors
+    /// The device's own: part of the memory is locked already, or the system refuses.
+    ///
+    /// # Safety
+    /// The memory is not freed before the lock is dropped.
+    unsafe fn page_lock(&self, memory: &mut [u8]) -> Result<PageLock> {
+        let _ = memory;
+        Ok(PageLock::none())
+    }
 
     /// Quantizes keys and values and scatters them to their slots.
     ///

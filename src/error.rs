@@ -58,6 +58,15 @@ pub enum Error {
         got: usize,
     },
 
+    /// A device buffer that starts where its elements may not: a part of another one, cut in between.
+    #[error("{what} must be aligned to {align} bytes")]
+    Misaligned {
+        /// The buffer's name.
+        what: &'static str,
+        /// The alignment needed, in bytes.
+        align: usize,
+    },
+
     /// Two lengths that must agree do not.
     #[error("{what} must be {expected}, it is {got}")]
     LengthMismatch {

@@ -53,6 +53,8 @@ pub mod cache;
 pub mod checkpoint;
 pub mod codec;
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 #[cfg(feature = "decoder")]
 pub mod decoder;
 pub mod error;

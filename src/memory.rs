@@ -45,6 +45,42 @@ pub trait Memory {
     fn shorten_mut<'short, 'long: 'short, T: Pod>(buffer: Self::Mut<'long, T>) -> Self::Mut<'short, T>;
 }
 
+/// Host memory that a device reaches directly, for as long as this lives: page-locked, in CUDA's
+/// words. See [`crate::Backend::page_lock`].
+#[must_use = "dropping it unlocks the memory"]
+pub struct PageLock(Option<Box<dyn FnOnce() + Send + Sync>>);
+
+impl PageLock {
+    /// For a backend that has nothing to lock.
+    pub const fn none() -> Self {
+        PageLock(None)
+    }
+
+    /// `unlock` is called once, when this is dropped.
+    pub fn new(unlock: impl FnOnce() + Send + Sync + 'static) -> Self {
+        PageLock(Some(Box::new(unlock)))
+    }
+
+    /// Whether there is anything locked.
+    pub const fn is_some(&self) -> bool {
+        self.0.is_some()
+    }
+}
+
+impl Drop for PageLock {
+    fn drop(&mut self) {
+        if let Some(unlock) = self.0.take() {
+            unlock();
+        }
+    }
+}
+
+impl std::fmt::Debug for PageLock {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.is_some() { "PageLock(locked)" } else { "PageLock(none)" })
+    }
+}
+
 /// Ordinary memory of this process, addressed by slices: what the CPU backend computes in and what
 /// `swap_blocks` moves device blocks to.
 #[derive(Clone, Copy, Debug, Default)]

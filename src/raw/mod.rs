@@ -8,7 +8,7 @@
 //!
 //! This is the middle of the three storeys. On a GPU the lower one is the C ABI (`quantkv.h`: POD
 //! parameter structs, an opaque stream, an `int` status); `raw::bindings` (feature `cuda`) has its
-//! generated declarations, and `raw::cuda` and `raw::rocm` will hold one `unsafe fn` for each entry point,
+//! generated declarations, and `raw::cuda` one `unsafe fn` for each entry point,
 //! taking the same argument structs and a stream. On the CPU there is no stream and no C below:
 //! work is done when the call returns, by a [`CpuBackend`].
 //!
@@ -28,7 +28,11 @@
 //! neighbouring layer's blocks among them.
 
 #[cfg(feature = "cuda")]
+mod abi;
+#[cfg(feature = "cuda")]
 pub mod bindings;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 
 use crate::args::{
     Absmax, CacheWrite, CopyBlocks, Dequantize, Gather, GatherBytes, LayerMut, LayerRef, MergeStates, PagedAttention,
@@ -65,12 +69,30 @@ impl<T> PtrRef<T> {
     pub const fn new(ptr: *const T, len: usize) -> Self {
         PtrRef { ptr, len }
     }
+
+    /// The address, as CUDA's driver has it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn address(self) -> u64 {
+        self.ptr.addr() as u64
+    }
 }
 
 impl<T> PtrMut<T> {
     /// `len` elements at `ptr`. Nothing is written before an operation is called.
     pub const fn new(ptr: *mut T, len: usize) -> Self {
         PtrMut { ptr, len }
+    }
+
+    /// The same elements, to read.
+    #[cfg(feature = "cuda")]
+    fn to_read(self) -> PtrRef<T> {
+        PtrRef { ptr: self.ptr, len: self.len }
+    }
+
+    /// The address, as CUDA's driver has it.
+    #[cfg(feature = "cuda")]
+    pub(crate) fn address(self) -> u64 {
+        self.ptr.addr() as u64
     }
 }
 
