@@ -297,7 +297,7 @@ pub unsafe fn paged_attention<T: Element>(
     launch: Launch,
 ) -> Result<()> {
     op.validate()?;
-    abi::check_buffer_aligned("the attention workspace", op.workspace.to_read(), 256)?;
+    abi::check_buffer_aligned("the attention workspace", op.workspace.reading(), 256)?;
     let halves = abi::read_only(&op.cache, Some(op.k_scale), Some(op.v_scale));
     let kernel = match kernel {
         AttentionKernel::Auto => QUANTKV_ATTENTION_AUTO,
@@ -401,8 +401,8 @@ pub unsafe fn gather_bytes(op: GatherBytes<'_, Pointers>, launch: Launch) -> Res
     const RAW_CODES: i32 = -1;
     op.validate()?;
     let spec = op.shape.spec;
-    abi::check_buffer_aligned("gathered key bytes", op.key.to_read(), spec.k_format.bytes())?;
-    abi::check_buffer_aligned("gathered value bytes", op.value.to_read(), spec.v_format.bytes())?;
+    abi::check_buffer_aligned("gathered key bytes", op.key.reading(), spec.k_format.bytes())?;
+    abi::check_buffer_aligned("gathered value bytes", op.value.reading(), spec.v_format.bytes())?;
     let num_seqs = op.num_seqs();
     let gapless = |half| RowStrides::contiguous(spec.num_kv_heads, spec.head_dim(half));
     let op = quantkv_gather {
@@ -470,7 +470,7 @@ pub unsafe fn update_scales(op: UpdateScales<'_, Pointers>, launch: Launch) -> R
 /// The contract of [this module](self); `codes` are aligned as the format's elements are.
 pub unsafe fn quantize<T: Element>(op: Quantize<'_, Pointers, T>, launch: Launch) -> Result<()> {
     op.validate()?;
-    abi::check_buffer_aligned("codes", op.codes.to_read(), op.format.bytes())?;
+    abi::check_buffer_aligned("codes", op.codes.reading(), op.format.bytes())?;
     let op = quantkv_convert {
         rows: rows_in(op.input, op.strides),
         codes: op.codes.ptr.cast(),

@@ -85,7 +85,7 @@ impl<T> PtrMut<T> {
 
     /// The same elements, to read.
     #[cfg(feature = "cuda")]
-    fn to_read(self) -> PtrRef<T> {
+    fn reading(self) -> PtrRef<T> {
         PtrRef { ptr: self.ptr, len: self.len }
     }
 
