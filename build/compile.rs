@@ -2,7 +2,7 @@
 //!
 //! Beside each object `name.o` lie `name.d` (the files it was made from, written by the compiler) and `name.cmd`
 //! (the command, written before it ran). An object is fresh while its command is the same and nothing it was
-//! made from is newer than the start of that command.
+//! made from is newer than the start of that command. A lock keeps two builds from sharing a folder at once.
 
 use std::ffi::OsString;
 use std::fs;
@@ -12,35 +12,35 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::SystemTime;
 
-/// One run of a compiler. The command writes `object` and, with -MD -MF, its dependencies.
-pub struct Job {
-    pub source: PathBuf,
-    pub object: PathBuf,
+/// A compiler and its flags; makes one object a source.
+pub struct Compiler {
     pub program: PathBuf,
-    pub arguments: Vec<OsString>,
+    pub flags: Vec<OsString>,
+    /// Where objects go: see [`environment::object_folder`](crate::environment::object_folder).
+    pub folder: PathBuf,
     /// A line of the compiler's output that makes its success a failure, if it has one.
     pub refuse: fn(&str) -> bool,
 }
 
-impl Job {
-    /// `program arguments.. -MD -MF name.d -c source -o name.o`, where the name is the source's.
-    pub fn new(
-        program: &Path,
-        arguments: impl IntoIterator<Item = OsString>,
-        source: &Path,
-        folder: &Path,
-        refuse: fn(&str) -> bool,
-    ) -> Job {
-        let object = folder.join(source.file_name().unwrap_or_default()).with_extension("o");
-        let mut arguments: Vec<OsString> = arguments.into_iter().collect();
-        arguments.extend(["-MD".into(), "-MF".into(), object.with_extension("d").into()]);
-        arguments.extend(["-c".into(), source.into(), "-o".into(), object.clone().into()]);
-        Job { source: source.to_owned(), object, program: program.to_owned(), arguments, refuse }
+/// One run of a compiler, which writes `name.o` and `name.d`, where the name is the source's.
+struct Job<'a> {
+    compiler: &'a Compiler,
+    source: &'a Path,
+    object: PathBuf,
+}
+
+impl Job<'_> {
+    fn arguments(&self) -> Vec<OsString> {
+        let mut arguments = self.compiler.flags.clone();
+        arguments.extend(["-MD".into(), "-MF".into(), self.object.with_extension("d").into()]);
+        arguments.extend(["-c".into(), self.source.into(), "-o".into(), self.object.clone().into()]);
+        arguments
     }
 
     fn command_line(&self) -> String {
-        let words = std::iter::once(self.program.as_os_str()).chain(self.arguments.iter().map(OsString::as_os_str));
-        words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+        let words = self.arguments();
+        let words = words.iter().map(|word| word.to_string_lossy());
+        format!("{} {}", self.compiler.program.display(), words.collect::<Vec<_>>().join(" "))
     }
 
     fn is_fresh(&self) -> bool {
@@ -62,12 +62,12 @@ impl Job {
         let _ = fs::remove_file(&self.object);
         fs::write(self.object.with_extension("cmd"), self.command_line())
             .map_err(|error| format!("{}: {error}", self.object.display()))?;
-        let output = Command::new(&self.program)
-            .args(&self.arguments)
+        let output = Command::new(&self.compiler.program)
+            .args(self.arguments())
             .output()
-            .map_err(|error| format!("{} cannot be run: {error}", self.program.display()))?;
+            .map_err(|error| format!("{} cannot be run: {error}", self.compiler.program.display()))?;
         let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-        if output.status.success() && !said.lines().any(self.refuse) {
+        if output.status.success() && !said.lines().any(self.compiler.refuse) {
             for line in said.lines() {
                 println!("cargo::warning={line}");
             }
@@ -90,8 +90,13 @@ pub fn parse_dependencies(rule: &str) -> Vec<PathBuf> {
     files.split_whitespace().map(|file| PathBuf::from(file.replace('\0', " "))).collect()
 }
 
-/// Runs all jobs, `jobs` at a time. Every failure is reported, not just the first.
-pub fn run(all: &[Job], jobs: usize) -> Result<(), String> {
+/// Compiles all sources, `jobs` at a time, and answers their objects. Every failure is reported, not just the first.
+pub fn compile(compiler: &Compiler, sources: &[PathBuf], jobs: usize) -> Result<Vec<PathBuf>, String> {
+    let file = compiler.folder.join("lock");
+    let lock = fs::File::create(&file).and_then(|lock| lock.lock().map(|()| lock));
+    let _lock = lock.map_err(|error| format!("{}: {error}", file.display()))?;
+    let object = |source: &PathBuf| compiler.folder.join(source.file_name().unwrap_or_default()).with_extension("o");
+    let all: Vec<Job> = sources.iter().map(|source| Job { compiler, source, object: object(source) }).collect();
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -106,12 +111,11 @@ pub fn run(all: &[Job], jobs: usize) -> Result<(), String> {
         }
     });
     let failures = failures.into_inner().expect("no holder panics");
-    if failures.is_empty() { Ok(()) } else { Err(failures.join("\n")) }
+    if failures.is_empty() { Ok(all.into_iter().map(|job| job.object).collect()) } else { Err(failures.join("\n")) }
 }
 
 /// Puts the objects in a static library and links the crate with it.
-pub fn archive(name: &str, objects: &[Job]) -> Result<(), String> {
-    let objects = objects.iter().map(|job| &job.object);
+pub fn archive(name: &str, objects: &[PathBuf]) -> Result<(), String> {
     let mut library = cc::Build::new();
     library.cargo_warnings(false).cpp_link_stdlib(None).objects(objects);
     library.try_compile(name).map_err(|error| format!("lib{name}.a cannot be made: {error}"))

@@ -1,6 +1,8 @@
 //! What the environment asks for. Each variable read is one cargo watches.
 
 use std::env;
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 
 pub enum Mode {
@@ -29,9 +31,17 @@ pub fn from_cargo(name: &str) -> String {
     env::var(name).unwrap_or_else(|_| panic!("cargo sets {name} for build scripts"))
 }
 
-/// Where objects go.
-pub fn out_dir() -> PathBuf {
-    from_cargo("OUT_DIR").into()
+/// Where the objects of one compiler with one set of flags go, `key` telling both; made if it is not there.
+///
+/// Usually a folder of this build. Cargo has one build a profile and feature set, each with its own objects;
+/// `QUANTKV_OBJECT_DIR` names a folder that all share, which spares whoever builds many (CI) the same compilation.
+pub fn object_folder(key: &str) -> Result<PathBuf, String> {
+    let base = variable("QUANTKV_OBJECT_DIR").unwrap_or_else(|| from_cargo("OUT_DIR"));
+    let mut hasher = DefaultHasher::new();
+    key.hash(&mut hasher);
+    let folder = PathBuf::from(base).join(format!("{:016x}", hasher.finish()));
+    fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
+    Ok(folder)
 }
 
 pub fn mode() -> Result<Mode, String> {

@@ -1,12 +1,11 @@
 //! The mode for users: csrc/cuda/*.cu by nvcc, the CUDA runtime linked statically, no C++ library.
 
 use std::ffi::OsString;
-use std::fs;
 use std::path::PathBuf;
 
 use crate::archs;
-use crate::compile::{self, Job};
-use crate::environment::{from_cargo, jobs, out_dir, switch, variable};
+use crate::compile::{self, Compiler};
+use crate::environment::{from_cargo, jobs, object_folder, switch, variable};
 use crate::toolkit;
 
 /// ptxas says this where a kernel has more values than registers: correct but slow, and never meant.
@@ -27,16 +26,11 @@ pub fn build() -> Result<(), String> {
     let capability = variable("CUDA_COMPUTE_CAP");
     let archs = archs::choose(list.as_deref(), capability.as_deref(), &toolkit.archs)?;
     let allow_spills = switch("QUANTKV_ALLOW_SPILLS")?;
-    // Read by nvcc itself.
-    for name in ["NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"] {
-        variable(name);
-    }
+    // nvcc reads these itself.
+    let nvcc_reads = ["NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"].map(variable);
 
     println!("cargo::rerun-if-changed=csrc");
     let sources = compile::sources(&PathBuf::from("csrc/cuda"), "cu")?;
-    let folder = out_dir().join("cuda");
-    fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-
     let mut flags: Vec<OsString> = [
         "-std=c++17",
         "-O3",
@@ -52,10 +46,14 @@ pub fn build() -> Result<(), String> {
     if archs::newer_devices_run_older_code(&archs) {
         flags.push("-DQUANTKV_NO_OVERLAP".into());
     }
-    let refuse = if allow_spills { |_: &str| false } else { is_spill };
-    let objects: Vec<Job> =
-        sources.iter().map(|source| Job::new(&toolkit.nvcc, flags.clone(), source, &folder, refuse)).collect();
-    compile::run(&objects, jobs()).map_err(|message| {
+    let key = format!("{flags:?} {nvcc_reads:?} {} {}", toolkit.nvcc.display(), toolkit.release);
+    let compiler = Compiler {
+        program: toolkit.nvcc,
+        flags,
+        folder: object_folder(&key)?,
+        refuse: if allow_spills { |_| false } else { is_spill },
+    };
+    let objects = compile::compile(&compiler, &sources, jobs()).map_err(|message| {
         if !message.lines().any(is_spill) {
             return message;
         }

@@ -3,12 +3,11 @@
 //! `LD_PRELOAD=$(gcc -print-file-name=libasan.so)`: rustc does not link the executable with -fsanitize.
 
 use std::ffi::OsString;
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::compile::{self, Job};
-use crate::environment::{jobs, out_dir};
+use crate::compile::{self, Compiler};
+use crate::environment::{jobs, object_folder};
 
 pub fn build(sanitize: bool) -> Result<(), String> {
     let twin = Path::new("testing/simt");
@@ -23,8 +22,6 @@ pub fn build(sanitize: bool) -> Result<(), String> {
         .cpp(true)
         .try_get_compiler()
         .map_err(|error| format!("QUANTKV_SIMT=1 needs a C++20 compiler: {error}"))?;
-    let folder = out_dir().join(if sanitize { "simt-sanitized" } else { "simt" });
-    fs::create_dir_all(&folder).map_err(|error| format!("{}: {error}", folder.display()))?;
 
     let mut flags = vec!["-std=c++20", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-fno-omit-frame-pointer"];
     flags.extend(["-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-DQUANTKV_SIMT", "-Itesting", "-Icsrc"]);
@@ -34,9 +31,9 @@ pub fn build(sanitize: bool) -> Result<(), String> {
     let flags: Vec<OsString> = flags.into_iter().chain(["-x", "c++"]).map(OsString::from).collect();
     let mut sources = compile::sources(&PathBuf::from("csrc/cuda"), "cu")?;
     sources.extend(compile::sources(twin, "cpp")?);
-    let objects: Vec<Job> =
-        sources.iter().map(|source| Job::new(compiler.path(), flags.clone(), source, &folder, |_| false)).collect();
-    compile::run(&objects, jobs())?;
+    let program = compiler.path().to_owned();
+    let folder = object_folder(&format!("{} {flags:?}", program.display()))?;
+    let objects = compile::compile(&Compiler { program, flags, folder, refuse: |_| false }, &sources, jobs())?;
     if objects.is_empty() {
         return Ok(());
     }

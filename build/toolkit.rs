@@ -11,13 +11,16 @@ pub const OLDEST: (u32, u32) = (12, 4);
 
 pub struct Toolkit {
     pub nvcc: PathBuf,
+    /// What it says of its release and build.
+    pub release: String,
     /// Holds libcudart_static.a.
     pub libraries: PathBuf,
     /// Architectures by base number: 75, 80, ...
     pub archs: Vec<u32>,
 }
 
-/// The first nvcc of `$NVCC`, `$CUDA_HOME`, `$CUDA_PATH`, `$PATH`, /usr/local/cuda. One that is named by a
+/// The first nvcc of `$NVCC`, `$CUDA_HOME`, `$CUDA_PATH`, `$PATH`, /usr/local/cuda, and .cuda in the repository,
+/// where scripts/get-cuda.sh puts it. One that is named by a
 /// variable but is not there is an error, so that no other is taken in silence.
 pub fn find() -> Result<Toolkit, String> {
     let mut looked = Vec::new();
@@ -50,7 +53,7 @@ pub fn find() -> Result<Toolkit, String> {
     }
     let archs = parse_archs(&ask(&nvcc, "--list-gpu-arch")?);
     let libraries = libraries(&nvcc)?;
-    Ok(Toolkit { nvcc, libraries, archs })
+    Ok(Toolkit { nvcc, release: text, libraries, archs })
 }
 
 fn locate(looked: &mut Vec<String>) -> Result<Option<PathBuf>, String> {
@@ -77,9 +80,15 @@ fn locate(looked: &mut Vec<String>) -> Result<Option<PathBuf>, String> {
         return Ok(Some(nvcc));
     }
     looked.push("$PATH".to_owned());
-    let usual = PathBuf::from("/usr/local/cuda/bin/nvcc");
-    looked.push(usual.display().to_string());
-    Ok(Some(usual).filter(|path| path.is_file()))
+    for place in ["/usr/local/cuda/bin/nvcc", ".cuda/nvidia/cu13/bin/nvcc"] {
+        let nvcc = Path::new(place);
+        if nvcc.is_file() {
+            // Absolute, because cargo shows it to users.
+            return Ok(Some(nvcc.canonicalize().unwrap_or_else(|_| nvcc.to_owned())));
+        }
+        looked.push(place.to_owned());
+    }
+    Ok(None)
 }
 
 fn in_path(program: &str) -> Option<PathBuf> {

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds a small engine that depends on quantkv by path, with default features and with none, and
-# checks that neither pulls in what only the reference decoder needs.
+# Builds small engines that depend on quantkv by path: with default features, with none (checking that neither
+# pulls in what only the reference decoder needs), and on CUDA with cudarc features of their own choice.
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 dir=$(mktemp -d)
@@ -42,3 +42,30 @@ if cargo tree -e normal | grep -E 'tokenizers|minijinja|gemm|clap|criterion|prop
     echo "a plain engine pulls in what only the decoder needs"; exit 1
 fi
 [ "$count" -le 25 ]
+
+# Engines on GPUs choose a CUDA version and a way to link the driver, through features of cudarc, which cargo
+# unites over the whole build. Whatever they choose, quantkv compiles: one that pins an older CUDA, and one with
+# the features of candle-core 0.11.1 (which links libcuda, so only checked, here where there is none).
+for choice in '"std", "driver", "cuda-12080"' \
+    '"std", "cublas", "cublaslt", "curand", "driver", "nvrtc", "f16", "f8", "cuda-version-from-build-system", "dynamic-linking"'; do
+    echo "an engine whose cudarc has $choice"
+    cat >"$dir/Cargo.toml" <<TOML
+[package]
+name = "gpu-engine"
+version = "0.0.0"
+edition = "2021"
+
+[dependencies]
+quantkv = { path = "$root", default-features = false, features = ["cuda", "decoder"] }
+cudarc = { version = "0.19.10", default-features = false, features = [$choice] }
+TOML
+    cp "$root/scripts/gpu_engine.rs" "$dir/src/main.rs"
+    cp "$root/Cargo.lock" "$dir/Cargo.lock"
+    QUANTKV_STUB=1 cargo check
+    # The choice of the engine stands: nothing of quantkv's asks for a version of its own.
+    versions=$(cargo tree -e features -i cudarc --prefix none | grep -o 'feature "cuda-[0-9]*"' | sort -u)
+    case $choice in
+        *cuda-12080*) [ "$versions" = 'feature "cuda-12080"' ] ;;
+        *) [ -z "$versions" ] ;;
+    esac
+done
