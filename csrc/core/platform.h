@@ -25,6 +25,7 @@
 #define QKV_DEVICE __device__ __forceinline__
 #define QKV_HOST_DEVICE __host__ __device__ __forceinline__
 #define QKV_LAUNCH_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define QKV_GRID_CONSTANT __grid_constant__
 #define QKV_SHARED(T, name, n) __shared__ T name[n]
 #define QKV_DYNAMIC_SHARED(name)                                                                                       \
   extern __shared__ __align__(128) unsigned char qkv_dynamic_shared[];                                                 \
@@ -68,6 +69,11 @@ QKV_DEVICE void fence_device() { __threadfence(); }
 
 #else
 #error "platform.h: unknown compiler; nvcc, or a host compiler with QUANTKV_SIMT"
+#endif
+
+// A kernel parameter that is read where it lies, never copied: QKV_GRID_CONSTANT const T p.
+#ifndef QKV_GRID_CONSTANT
+#define QKV_GRID_CONSTANT
 #endif
 
 namespace quantkv {

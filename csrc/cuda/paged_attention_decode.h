@@ -1,0 +1,102 @@
+// Which calls the decode kernel (ops/paged_attention_decode.h) takes, and its launch. Instantiations are compiled a
+// format a file: paged_attention_decode_{e4m3,e5m2,f16,bf16}.cu.
+#pragma once
+#include "../core/launch.h"
+#include "../ops/paged_attention_decode.h"
+
+namespace quantkv {
+
+// What the plan must know of the kernel that will run.
+struct DecodeConfig {
+  int32_t max_rows;                  // of a (group, column): 8 or 16; 0: there is no kernel for this call
+  int32_t blocks_per_multiprocessor; // with `rows` rows
+};
+
+// The configuration for groups of at most `rows` rows (<= max_rows; 16 if not known yet).
+DecodeConfig decode_config(const quantkv_paged_attention &op, const Device &device, int32_t rows);
+
+// Enqueues the kernel. The call has a configuration, and list.rows is at most its max_rows.
+int launch_decode(const AttentionParams &params, const WorkList &list, const Device &device, void *stream);
+
+// One format's part of these two: `run` with a shape chosen, or 0 / QUANTKV_UNSUPPORTED.
+template <Format F> DecodeConfig decode_config_of(const quantkv_paged_attention &op, const Device &device, int32_t rows);
+template <Format F> int launch_decode_of(const AttentionParams &params, const WorkList &list, const Device &device, void *stream);
+
+// Calls visit.template run<Shape parameters>() for the head dim, rows and scales at hand.
+template <Format F, int D, int RowTiles, bool Dynamic, class Visit> int visit_decode_shape(Visit visit) {
+  if constexpr (DecodeShape<F, D, RowTiles, Dynamic>::kFits) {
+    return visit.template run<F, D, RowTiles, Dynamic>();
+  } else {
+    return QUANTKV_UNSUPPORTED;
+  }
+}
+
+template <Format F, int D, class Visit> int visit_decode_rows(int32_t rows, bool dynamic, Visit visit) {
+  if constexpr (is_quantized(F)) {
+    if (dynamic) {
+      return rows <= 8 ? visit_decode_shape<F, D, 1, true>(visit) : visit_decode_shape<F, D, 2, true>(visit);
+    }
+  }
+  return rows <= 8 ? visit_decode_shape<F, D, 1, false>(visit) : visit_decode_shape<F, D, 2, false>(visit);
+}
+
+template <Format F, class Visit> int visit_decode(const quantkv_paged_attention &op, int32_t rows, Visit visit) {
+  bool dynamic = op.cache.k.dynamic != nullptr || op.cache.v.dynamic != nullptr;
+  switch (op.cache.k.head_dim) {
+  case 64: return visit_decode_rows<F, 64>(rows, dynamic, visit);
+  case 96: return visit_decode_rows<F, 96>(rows, dynamic, visit);
+  case 128: return visit_decode_rows<F, 128>(rows, dynamic, visit);
+  case 192: return visit_decode_rows<F, 192>(rows, dynamic, visit);
+  case 256: return visit_decode_rows<F, 256>(rows, dynamic, visit);
+  default: return QUANTKV_UNSUPPORTED;
+  }
+}
+
+// Blocks of a shape that are resident together: registers allow kBlocks, shared memory maybe fewer.
+struct CountDecodeBlocks {
+  const Device &device;
+  int32_t &blocks;
+
+  template <Format F, int D, int RowTiles, bool Dynamic> int run() {
+    using Shape = DecodeShape<F, D, RowTiles, Dynamic>;
+    constexpr int reserved = 1024; // by the system, a block
+    int each = Shape::kSharedBytes + static_cast<int>(sizeof(DecodeQuery<Shape>) + sizeof(DecodeCursor)) + reserved;
+    blocks = (device.max_shared_bytes + reserved) / each;
+    if (blocks > Shape::kBlocks) blocks = Shape::kBlocks;
+    return blocks > 0 ? QUANTKV_OK : QUANTKV_UNSUPPORTED;
+  }
+};
+
+struct LaunchDecode {
+  const AttentionParams &params;
+  const WorkList &list;
+  void *stream;
+
+  template <Format F, int D, int RowTiles, bool Dynamic> int run() {
+    using Shape = DecodeShape<F, D, RowTiles, Dynamic>;
+    return QKV_LAUNCH((paged_attention_decode<F, D, RowTiles, Dynamic>), (Grid{list.workers, 1, 1}), Shape::kThreads,
+                      Shape::kSharedBytes, stream, params, list);
+  }
+};
+
+} // namespace quantkv
+
+// What each format's file holds.
+#define QKV_INSTANTIATE_DECODE(F)                                                                                      \
+  namespace quantkv {                                                                                                  \
+  template <> DecodeConfig decode_config_of<F>(const quantkv_paged_attention &op, const Device &device, int32_t rows) {\
+    DecodeConfig config = {16, 0};                                                                                     \
+    for (; config.max_rows > 0; config.max_rows -= 8) {                                                                \
+      int32_t needed = rows < config.max_rows ? rows : config.max_rows;                                                \
+      if (visit_decode<F>(op, config.max_rows, CountDecodeBlocks{device, config.blocks_per_multiprocessor}) != QUANTKV_OK)\
+        continue;                                                                                                      \
+      visit_decode<F>(op, needed, CountDecodeBlocks{device, config.blocks_per_multiprocessor});                        \
+      return config;                                                                                                   \
+    }                                                                                                                  \
+    return DecodeConfig{0, 0};                                                                                         \
+  }                                                                                                                    \
+  template <>                                                                                                          \
+  int launch_decode_of<F>(const AttentionParams &params, const WorkList &list, const Device &, void *stream) {         \
+    return visit_decode<F>(params.op, list.rows, LaunchDecode{params, list, stream});                                  \
+  }                                                                                                                    \
+  }
