@@ -1,13 +1,14 @@
 //! The mode for tests without a GPU: csrc/cuda/*.cu as C++20 by the host's compiler, over testing/simt, where a
 //! CUDA thread is a fiber. With the sanitizers, run the tests with
-//! `LD_PRELOAD=$(gcc -print-file-name=libasan.so)`: rustc does not link the executable with -fsanitize.
+//! `LD_PRELOAD=$(gcc -print-file-name=libasan.so)`: rustc does not link the executable with -fsanitize. scripts/simt.sh
+//! does all of it.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::compile::{self, Compiler};
-use crate::environment::{jobs, object_folder};
+use crate::environment::{jobs, object_folder, variable};
 
 pub fn build(sanitize: bool) -> Result<(), String> {
     let twin = Path::new("testing/simt");
@@ -28,7 +29,10 @@ pub fn build(sanitize: bool) -> Result<(), String> {
     if sanitize {
         flags.extend(["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]);
     }
-    let flags: Vec<OsString> = flags.into_iter().chain(["-x", "c++"]).map(OsString::from).collect();
+    let mut flags: Vec<OsString> = flags.into_iter().chain(["-x", "c++"]).map(OsString::from).collect();
+    if let Some(arch) = variable("QUANTKV_SIMT_ARCH") {
+        flags.push(format!("-DQUANTKV_SIMT_ARCH={arch}").into());
+    }
     let mut sources = compile::sources(&PathBuf::from("csrc/cuda"), "cu")?;
     sources.extend(compile::sources(twin, "cpp")?);
     let program = compiler.path().to_owned();

@@ -6,7 +6,6 @@
 #include "launch.h"
 
 #include <dlfcn.h>
-#include <stdio.h>
 
 namespace quantkv {
 
@@ -79,9 +78,11 @@ int submit(std::unique_ptr<Work> work, Grid grid, void *stream) {
 
   using Enqueue = int(void *stream, int (*run)(void *), void (*drop)(void *), void *work);
   if (auto *enqueue = mock<Enqueue>("quantkv_mock_enqueue")) {
-    return enqueue(
-        stream, [](void *work) { return run(*static_cast<Work *>(work)); }, [](void *work) { delete static_cast<Work *>(work); },
-        work.release());
+    const auto run_work = [](void *work) { // gives a CUresult
+      const int status = run(*static_cast<Work *>(work));
+      return status == QUANTKV_OK ? 0 : status - QUANTKV_DEVICE_ERROR;
+    };
+    return status_of_driver(enqueue(stream, run_work, [](void *work) { delete static_cast<Work *>(work); }, work.release()));
   }
   return run(*work);
 }
