@@ -1,0 +1,241 @@
+#!/usr/bin/env bash
+# Tests and benches for a machine with a GPU, made on one without.
+#
+#   scripts/gpu.sh build [--alone]   here: needs cargo and nvcc (scripts/get-cuda.sh, CUDA_HOME); fills .gpu/, which git
+#                                    ignores: stripped test and bench programs, conformance tests, shared libraries.
+#                                    --alone: and the fixtures and sources, so that .gpu/ needs no checkout around it
+#   scripts/gpu.sh run               there: facts, conformance, tests, compute-sanitizer, the quick bench
+#   scripts/gpu.sh test | sanitize | bench [ARGS] | peers [ARGS] | profile [WORDS]
+#                                    there: one of these; ARGS go to the bench or to scripts/peers.py
+#   scripts/gpu.sh emulate           here: conformance over the emulator, no GPU and no nvcc
+#
+# There needs: a driver for CUDA 13; compute-sanitizer, ncu and PyTorch where a step uses them (else it is skipped). No
+# cargo, no network. Every step has a limit of its own and what is left of GPU_BUDGET seconds (570); the rest goes on
+# after a failure; a table of all steps comes last. Logs go to $OUT (else .gpu/logs).
+#
+#   QUANTKV_CUDA_ARCHS   as for build.rs; 90a by default here
+#   GPU_TESTS            names of tests/*.rs to take along; by default those that mention CUDA
+set -euo pipefail
+root=$(cd "$(dirname "$0")/.." && pwd)
+gpu=$root/.gpu
+if [ -e "$root/made-by-gpu.sh" ]; then gpu=$(cd "$root/.." && pwd); fi # this is .gpu/tree
+verb=${1:-help}
+[ $# -eq 0 ] || shift
+
+# ---- here ------------------------------------------------------------------------------------------------
+
+# The executables of the targets that the arguments select, "name path" lines, as cargo's messages say.
+executables() {
+    cargo "$@" --locked --release --features cuda --no-run --message-format=json-render-diagnostics |
+        python3 -c '
+import json, sys
+for line in sys.stdin:
+    message = json.loads(line)
+    if message.get("reason") == "compiler-artifact" and message.get("executable"):
+        print(message["target"]["name"], message["executable"])'
+}
+
+build() {
+    cd "$root"
+    export CARGO_INCREMENTAL=0 QUANTKV_CUDA_ARCHS=${QUANTKV_CUDA_ARCHS:-90a}
+    local nvcc=${NVCC:-${CUDA_HOME:+$CUDA_HOME/bin/nvcc}} name path arch tests
+    nvcc=${nvcc:-nvcc}
+    tests=${GPU_TESTS:-$(grep -liE 'cuda' tests/*.rs | sed 's|tests/||; s|\.rs$||' | grep -vx build_script | tr '\n' ' ')}
+    echo "tests: ${tests:-none}"
+    rm -rf "$gpu"
+    mkdir -p "$gpu/release/deps" "$gpu/release/examples" "$gpu/lib"
+
+    # The layout of a target folder: tests look for example programs beside themselves.
+    local select=()
+    for name in $tests; do select+=(--test "$name"); done
+    if [ ${#select[@]} -gt 0 ]; then
+        executables test "${select[@]}" | while read -r name path; do
+            strip -o "$gpu/release/deps/$name" "$path"
+        done
+    fi
+    cargo build --locked --release --features cuda --example generate
+    strip -o "$gpu/release/examples/generate" "${CARGO_TARGET_DIR:-target}/release/examples/generate"
+    executables bench --bench cuda | while read -r name path; do
+        strip -o "$gpu/release/deps/bench-$name" "$path"
+    done
+
+    echo "conformance, ceilings, the C library"
+    local gencode=()
+    for arch in ${QUANTKV_CUDA_ARCHS//,/ }; do gencode+=(-gencode "arch=compute_$arch,code=sm_$arch"); done
+    local flags=(-std=c++17 -O3 -Icsrc)
+    "$nvcc" "${flags[@]}" "${gencode[@]}" testing/conformance/*.cu -o "$gpu/conformance"
+    # As PTX for the oldest device: the driver compiles it for the one at hand, so that the ways without FP8
+    # instructions and asynchronous copies run on hardware too.
+    "$nvcc" "${flags[@]}" -gencode arch=compute_75,code=compute_75 testing/conformance/*.cu -o "$gpu/conformance-sm75"
+    "$nvcc" "${flags[@]}" "${gencode[@]}" -shared -Xcompiler -fPIC,-fvisibility=hidden csrc/bench/ceilings.cu \
+        -o "$gpu/release/deps/libquantkv_bench.so"
+    scripts/build-c-library.sh "$gpu/lib" >/dev/null
+    strip "$gpu"/conformance* "$gpu"/lib/*.so "$gpu"/release/deps/*.so
+
+    if [ "${1:-}" = --alone ]; then
+        mkdir -p "$gpu/tree"
+        cp -a --parents csrc tests/fixtures models examples scripts "$gpu/tree"
+        touch "$gpu/tree/made-by-gpu.sh"
+    fi
+    {
+        echo "root=$root" # compiled into the tests
+        echo "commit=$(git rev-parse --short HEAD)$([ -z "$(git status --porcelain -uno)" ] || echo ' and changes')"
+        echo "archs=$QUANTKV_CUDA_ARCHS"
+        echo "nvcc=$("$nvcc" --version | sed -n 's/.*release //p')"
+        echo "tests=$tests"
+    } >"$gpu/facts"
+    du -ah --max-depth=3 "$gpu" | sort -h | tail -25
+    local bytes tracked
+    bytes=$(du -sb "$gpu" | cut -f1)
+    tracked=$(git ls-files -z | du -cb --files0-from=- | tail -1 | cut -f1)
+    echo "$((bytes >> 20)) MiB in .gpu, $((tracked >> 20)) MiB tracked"
+    [ $((bytes + tracked)) -lt $((60 << 20)) ] || echo "WARNING: together more than 60 MiB"
+}
+
+emulate() {
+    cd "$root"
+    local out=${CARGO_TARGET_DIR:-target}/simt-conformance file
+    mkdir -p "$out"
+    local flags=(-std=c++20 -O2 -g -Wall -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=off -fPIC -DQUANTKV_SIMT)
+    for file in testing/conformance/*.cu csrc/bench/*.cu testing/simt/*.cpp; do
+        "${CXX:-c++}" "${flags[@]}" -Itesting -Icsrc -x c++ -c "$file" -o "$out/$(basename "$file").o"
+    done
+    "${CXX:-c++}" -o "$out/conformance" "$out"/{main,arithmetic,conversions,fp8,matrix,memory}.cu.o "$out"/*.cpp.o
+    "$out/conformance" "$@"
+}
+
+# ---- there -----------------------------------------------------------------------------------------------
+
+budget=${GPU_BUDGET:-570}
+rows=()
+
+# step NAME LIMIT COMMAND...: runs it within the limit, keeps its output in a log, notes PASS or FAIL.
+step() {
+    local name=$1 limit=$2 left=$((budget - SECONDS)) start=$SECONDS status=0 verdict
+    shift 2
+    if [ "$left" -lt 5 ]; then
+        rows+=("$(printf '%-34s %-8s' "$name" 'NOT RUN')")
+        return
+    fi
+    [ "$limit" -lt "$left" ] || limit=$left
+    printf '\n=== %s\n' "$name"
+    # In the foreground of this script, so that a limit ends all of it; the log is whole whatever happens.
+    timeout --kill-after=5 "$limit" "$@" >"$logs/$name.log" 2>&1 || status=$?
+    case $status in
+        0) verdict=PASS ;;
+        124 | 137) verdict="TIMEOUT" ;;
+        *) verdict="FAIL $status" ;;
+    esac
+    if grep -qiE '^ *skipped' "$logs/$name.log" && [ $status = 0 ]; then verdict="SKIPPED?"; fi
+    if [ $status = 0 ]; then tail -n "${keep:-3}" "$logs/$name.log"; else tail -n 30 "$logs/$name.log"; fi
+    rows+=("$(printf '%-34s %-8s %4ss  %s' "$name" "$verdict" $((SECONDS - start)) "$(summary "$name")")")
+}
+
+# A line that says how much a step did.
+summary() {
+    grep -hE 'test result:|checks, .* failed|ERROR SUMMARY|shapes failed|RACECHECK SUMMARY|geometric mean' "$logs/$1.log" |
+        tail -1 | sed 's/^=* *//' | cut -c1-90
+}
+
+# Where logs go, what the programs need, one folder they were compiled to look in.
+prepare() {
+    . <(grep -E '^(commit|archs|nvcc|tests)=' "$gpu/facts" | sed 's/=\(.*\)/="\1"/')
+    local made_in
+    made_in=$(sed -n 's/^root=//p' "$gpu/facts")
+    [ -d "$gpu/tree" ] && tree=$gpu/tree || tree=$root
+    if [ ! -e "$made_in" ]; then
+        mkdir -p "$(dirname "$made_in")"
+        ln -s "$tree" "$made_in"
+    fi
+    cd "$tree"
+    out=${OUT:-$gpu/logs}
+    logs=$out/logs
+    mkdir -p "$logs"
+    export QUANTKV_REQUIRE_CUDA=1 QUANTKV_BENCH_LIBRARY=$gpu/release/deps/libquantkv_bench.so OUT="$out"
+    export PATH=$PATH:/usr/local/cuda/bin
+    bench=$gpu/release/deps/bench-cuda
+}
+
+facts() {
+    echo "commit $commit, built for $archs with nvcc $nvcc"
+    date -u +'%Y-%m-%d %H:%M UTC'
+    nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.sm,clocks.max.sm,clocks.mem,clocks.max.mem,temperature.gpu,power.limit --format=csv
+    uname -r
+    "$bench" --verify-only no-such-shape
+}
+
+conformance() {
+    step conformance 60 "$gpu/conformance"
+    step conformance-sm75 90 "$gpu/conformance-sm75"
+}
+
+tests() {
+    local name
+    for name in $tests; do
+        [ -x "$gpu/release/deps/$name" ] || continue
+        step "$name" 120 "$gpu/release/deps/$name"
+    done
+}
+
+# Small shapes of every operation, and hostile tables, with every access looked at.
+sanitizers() {
+    local tool name
+    command -v compute-sanitizer >/dev/null || { rows+=("sanitizers                         SKIPPED   no compute-sanitizer"); return; }
+    local run=(compute-sanitizer --error-exitcode 9 --print-limit 20)
+    step memcheck-bench 100 "${run[@]}" --tool memcheck "$bench" --verify-only
+    for name in $tests; do
+        case $name in
+            hostile*) step "memcheck-$name" 150 env PROPTEST_CASES=8 "${run[@]}" --tool memcheck \
+                "$gpu/release/deps/$name" --test-threads 1 cuda ;;
+        esac
+    done
+    step memcheck-conformance 60 "${run[@]}" --tool memcheck "$gpu/conformance" --step 100003
+    for tool in racecheck initcheck synccheck; do
+        step "$tool-bench" 120 "${run[@]}" --tool "$tool" "$bench" --verify-only
+    done
+    step racecheck-conformance 60 "${run[@]}" --tool racecheck "$gpu/conformance" --step 1000003
+}
+
+# The counters of one launch of each operation that the words select.
+profile() {
+    command -v ncu >/dev/null || { rows+=("profile                            SKIPPED   no ncu"); return; }
+    keep=60 step profile 280 ncu --clock-control none --set basic --section MemoryWorkloadAnalysis --section WarpStateStats \
+        --section LaunchStats --section Occupancy --kernel-name-base demangled --launch-count "${NCU_LAUNCHES:-12}" \
+        --kernel-name 'regex:attention|cache_write|copy_blocks' "$bench" --replays 1 "$@"
+}
+
+# One file of all logs: few files come back from some machines.
+finish() {
+    {
+        printf '%-34s %-8s %s\n' step result time
+        printf '%s\n' "${rows[@]}"
+    } >"$out/summary.txt"
+    local log
+    for log in "$logs"/*.log; do printf '\n######## %s\n' "$(basename "$log" .log)"; cat "$log"; done >"$out/logs.txt"
+    rm -rf "$logs"
+    printf '\n'
+    cat "$out/summary.txt"
+    ! grep -qE ' (FAIL|TIMEOUT|NOT RUN)' "$out/summary.txt"
+}
+
+case $verb in
+    build) build "$@" ;;
+    emulate) emulate "$@" ;;
+    run | test | sanitize | bench | peers | profile)
+        prepare
+        set +e
+        keep=40 step facts 60 bash "$root/scripts/gpu.sh" facts
+        case $verb in
+            run) conformance; tests; sanitizers; keep=200 step bench 170 "$bench" --quick ;;
+            test) conformance; tests ;;
+            sanitize) sanitizers ;;
+            bench) keep=300 step bench 560 "$bench" "$@" ;;
+            peers) keep=200 step peers 560 python3 "$tree/scripts/peers.py" --ours "$gpu/lib/libquantkv_cuda.so" \
+                --ceilings "$QUANTKV_BENCH_LIBRARY" --out "$out" "$@" ;;
+            profile) profile "$@" ;;
+        esac
+        finish
+        ;;
+    facts) prepare; facts ;;
+    *) sed -n '2,23s/^# \{0,1\}//p' "$0"; [ "$verb" = help ] ;;
+esac
