@@ -330,7 +330,7 @@ pub unsafe fn paged_attention<T: Element>(
         kernel,
     };
     match call!(quantkv_cuda_paged_attention(&op, launch.stream)) {
-        Err(Error::Device { code, .. }) if code == QUANTKV_WORKSPACE_TOO_SMALL.into() => {
+        Err(Error::Device { code, .. }) if code == i64::from(QUANTKV_WORKSPACE_TOO_SMALL) => {
             let bytes = attention_workspace_bytes(&shape, T::DTYPE, num_heads, num_tokens, num_seqs)?;
             let needed = bytes.div_ceil(size_of::<f32>());
             Err(Error::BufferTooSmall { what: "attention workspace", needed, got: floats })
