@@ -257,7 +257,7 @@ fn part<T>(address: CUdeviceptr, len: usize, range: impl RangeBounds<usize>) -> 
 }
 
 /// Refuses a buffer that nothing would order with this stream's work.
-fn check_stream(of_buffer: Option<&CudaStream>, stream: &CudaStream, what: &'static str) -> Result<()> {
+pub(crate) fn check_stream(of_buffer: Option<&CudaStream>, stream: &CudaStream, what: &'static str) -> Result<()> {
     match of_buffer {
         Some(other) if other != stream => Err(Error::OtherStream { what }),
         _ => Ok(()),

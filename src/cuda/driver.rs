@@ -22,8 +22,9 @@ pub(super) fn check_present() -> Result<()> {
     Err(Error::NoDevice { backend: CUDA, reason: format!("no CUDA driver: cannot load {}", tried.join(" or ")) })
 }
 
+/// Whether a library can be loaded; it stays so.
 #[cfg(unix)]
-fn can_load(name: &CStr) -> bool {
+pub(crate) fn can_load(name: &CStr) -> bool {
     unsafe extern "C" {
         fn dlopen(name: *const c_char, flags: std::ffi::c_int) -> *mut c_void;
     }
@@ -33,7 +34,7 @@ fn can_load(name: &CStr) -> bool {
 }
 
 #[cfg(windows)]
-fn can_load(name: &CStr) -> bool {
+pub(crate) fn can_load(name: &CStr) -> bool {
     unsafe extern "system" {
         fn LoadLibraryA(name: *const c_char) -> *mut c_void;
     }
@@ -42,12 +43,12 @@ fn can_load(name: &CStr) -> bool {
 }
 
 #[cfg(not(any(unix, windows)))]
-fn can_load(_: &CStr) -> bool {
+pub(crate) fn can_load(_: &CStr) -> bool {
     false
 }
 
 /// A driver error of `call`.
-pub(super) fn error(call: &'static str) -> impl Fn(DriverError) -> Error {
+pub(crate) fn error(call: &'static str) -> impl Fn(DriverError) -> Error {
     move |DriverError(code)| {
         let message = match DriverError(code).error_string() {
             Ok(text) => text.to_string_lossy().into_owned(),

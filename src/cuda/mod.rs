@@ -47,7 +47,8 @@
 
 mod buffer;
 mod copy;
-mod driver;
+pub(crate) mod driver;
+mod graph;
 mod ops;
 mod swap;
 
@@ -57,6 +58,7 @@ use cudarc::driver::{CudaContext, CudaStream, sys};
 
 pub use crate::raw::cuda::AttentionKernel;
 pub use buffer::{CudaBuffer, CudaView, CudaViewMut, Lent, LentMut};
+pub use graph::Graph;
 
 use crate::args::UpdateScales;
 use crate::error::{Error, Result};
@@ -121,6 +123,9 @@ fn device(ordinal: i32) -> Result<CudaDevice> {
 pub struct CudaBackend {
     shared: Arc<Shared>,
     attention_kernel: AttentionKernel,
+    /// What the reference decoder keeps: its options, the matrix library.
+    #[cfg(feature = "decoder")]
+    pub(crate) decoder: Arc<crate::decoder::cuda::State>,
 }
 
 #[derive(Debug)]
@@ -137,6 +142,10 @@ struct Shared {
     reading_faults: Mutex<()>,
     /// The lists of the latest `copy_blocks`. Used in stream order, like everything.
     copy_lists: Mutex<Allocation>,
+    /// The thread that records a graph, if one does.
+    recorder: RwLock<Option<graph::Recorder>>,
+    /// Held while a graph is recorded.
+    recording: Mutex<()>,
 }
 
 impl CudaBackend {
@@ -168,8 +177,14 @@ impl CudaBackend {
         let copy_lists = Mutex::new(Allocation::zeros(&stream, "lists of copy_blocks", 0)?);
         let side = SideStream::new(stream.context())?;
         let (launches, reading_faults) = (RwLock::new(()), Mutex::new(()));
-        let shared = Shared { stream, side, faults, launches, reading_faults, copy_lists };
-        let backend = CudaBackend { shared: Arc::new(shared), attention_kernel: AttentionKernel::Auto };
+        let (recorder, recording) = (RwLock::new(None), Mutex::new(()));
+        let shared = Shared { stream, side, faults, launches, reading_faults, copy_lists, recorder, recording };
+        let backend = CudaBackend {
+            shared: Arc::new(shared),
+            attention_kernel: AttentionKernel::Auto,
+            #[cfg(feature = "decoder")]
+            decoder: Arc::default(),
+        };
         backend.check_kernels()?;
         Ok(backend)
     }
@@ -185,7 +200,7 @@ impl CudaBackend {
     /// The same stream, with attention by this kernel. For tests and comparisons: the default,
     /// [`AttentionKernel::Auto`], takes the fastest.
     pub fn with_attention_kernel(&self, kernel: AttentionKernel) -> Self {
-        CudaBackend { shared: self.shared.clone(), attention_kernel: kernel }
+        CudaBackend { attention_kernel: kernel, ..self.clone() }
     }
 
     /// The stream.
@@ -231,15 +246,15 @@ impl CudaBackend {
     }
 
     /// Makes the context current on this thread.
-    fn bind(&self) -> Result<()> {
+    pub(crate) fn bind(&self) -> Result<()> {
         self.context().bind_to_thread().map_err(error("cuCtxSetCurrent"))
     }
 
     /// Runs `call`, which enqueues work on the stream.
-    fn enqueue(&self, call: impl FnOnce(Launch) -> Result<()>) -> Result<()> {
+    pub(crate) fn enqueue(&self, call: impl FnOnce(Launch) -> Result<()>) -> Result<()> {
         self.bind()?;
         let _launching = self.shared.launches.read().unwrap_or_else(PoisonError::into_inner);
         let faults = std::ptr::with_exposed_provenance_mut(self.shared.faults.address as usize);
-        call(Launch { stream: self.shared.stream.cu_stream().cast(), faults })
+        call(Launch { stream: self.shared.launch_stream().cast(), faults })
     }
 }

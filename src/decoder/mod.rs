@@ -29,6 +29,8 @@ pub mod compute;
 pub mod config;
 mod cpu_linear;
 mod cpu_ops;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod engine;
 pub(crate) mod json;
 pub mod kv_scales;

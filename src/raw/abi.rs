@@ -131,7 +131,7 @@ pub(super) fn format(stored: KvFormat) -> i32 {
     }
 }
 
-pub(super) fn activation(dtype: DType) -> i32 {
+pub(crate) fn activation(dtype: DType) -> i32 {
     format(dtype.as_kv_format())
 }
 
@@ -154,7 +154,7 @@ pub(super) fn check_buffer_aligned<T>(what: &'static str, buffer: PtrRef<T>, ali
 }
 
 /// What a status stands for.
-pub(super) fn check(call: &'static str, status: c_int) -> Result<()> {
+pub(crate) fn check(call: &'static str, status: c_int) -> Result<()> {
     match status {
         QUANTKV_OK => Ok(()),
         QUANTKV_UNSUPPORTED | QUANTKV_NO_KERNEL_FOR_DEVICE => {

@@ -28,7 +28,7 @@
 //! neighbouring layer's blocks among them.
 
 #[cfg(feature = "cuda")]
-mod abi;
+pub(crate) mod abi;
 #[cfg(feature = "cuda")]
 pub mod bindings;
 #[cfg(feature = "cuda")]
