@@ -29,7 +29,6 @@ use crate::memory::Memory;
 use crate::scale::{Granularity, LayerScales, ScaleRef, StaticScale};
 
 pub use host_pool::HostPool;
-use host_pool::{host_mut, host_ref};
 
 /// The buffers of one layer's blocks, lengths as [`CacheShape`] gives them.
 #[derive(Debug)]
@@ -443,6 +442,14 @@ impl<B: Backend> PagedKvCache<B> {
         backend.copy_blocks(CopyBlocks { shape, layers: &mut layers, pairs })
     }
 
+    /// A pool of `num_blocks` blocks to swap this cache's to, page-locked for its backend.
+    ///
+    /// # Errors
+    /// As [`HostPool::page_locked`].
+    pub fn host_pool(&self, num_blocks: usize) -> Result<HostPool> {
+        HostPool::page_locked(&*self.backend, self.shape.spec, self.num_layers(), num_blocks)
+    }
+
     /// Moves blocks of all layers to host memory (`src` a block of this cache, `dst` one of
     /// `host`); see [`SwapBlocks`].
     ///
@@ -451,7 +458,7 @@ impl<B: Backend> PagedKvCache<B> {
     pub fn swap_out(&self, host: &mut HostPool, pairs: &[BlockPair]) -> Result<()> {
         let src: Vec<_> = self.layers.iter().map(|layer| layer.blocks.as_ref(&self.backend)).collect();
         let dst_shape = host.shape;
-        let mut dst: Vec<_> = host.layers.iter_mut().map(host_mut).collect();
+        let mut dst: Vec<_> = host.layers_mut().collect();
         self.backend.swap_out(SwapBlocks { src_shape: self.shape, src: &src, dst_shape, dst: &mut dst, pairs })
     }
 
@@ -462,7 +469,7 @@ impl<B: Backend> PagedKvCache<B> {
     /// [`SwapBlocks::validate`].
     pub fn swap_in(&mut self, host: &HostPool, pairs: &[BlockPair]) -> Result<()> {
         let (dst_shape, backend) = (self.shape, &self.backend);
-        let src: Vec<_> = host.layers.iter().map(host_ref).collect();
+        let src: Vec<_> = host.layers().collect();
         let mut dst: Vec<_> = self.layers.iter_mut().map(|layer| layer.blocks.as_mut(backend)).collect();
         backend.swap_in(SwapBlocks { src_shape: host.shape, src: &src, dst_shape, dst: &mut dst, pairs })
     }

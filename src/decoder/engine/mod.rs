@@ -281,10 +281,7 @@ impl<'m, B: Compute<A>, A: Element> Engine<'m, B, A> {
                 Move::SwapOut(pairs) => {
                     let host = match &mut self.host {
                         Some(host) => host,
-                        none => {
-                            let (spec, layers) = (self.cache.shape().spec, self.cache.num_layers());
-                            none.insert(HostPool::new(spec, layers, self.config.swap_blocks)?)
-                        }
+                        none => none.insert(self.cache.host_pool(self.config.swap_blocks)?),
                     };
                     self.cache.swap_out(host, pairs)?;
                     self.stats.blocks_swapped_out += pairs.len();
