@@ -2,10 +2,15 @@
 //! of a destination block is the byte its source block had before, and no other byte has changed,
 //! padding between blocks included. And `zeros`, which the pools are made with.
 
+#[path = "../testing/devices.rs"]
+mod devices;
+
+use devices::devices;
 use quantkv::args::{BlockPair, CopyBlocks, LayerMut, LayerRef, SwapBlocks};
+use quantkv::format::Pod;
 use quantkv::layout::Half;
-use quantkv::memory::{Host, Memory};
-use quantkv::{Backend, CacheLayout, CacheShape, CacheSpec, CpuBackend, Error, KvFormat};
+use quantkv::memory::Host;
+use quantkv::{Backend, CacheLayout, CacheShape, CacheSpec, Error, KvFormat};
 use rand::rngs::ChaCha8Rng;
 use rand::seq::SliceRandom;
 use rand::{Rng, RngExt, SeedableRng};
@@ -34,17 +39,11 @@ impl Layer {
         Layer { k, v, k_dynamic: dynamic(Half::K), v_dynamic: dynamic(Half::V) }
     }
 
-    fn as_ref<'a, M>(&'a self) -> LayerRef<'a, M>
-    where
-        M: Memory<Ref<'a, u8> = &'a [u8]> + Memory<Ref<'a, f32> = &'a [f32]>,
-    {
+    fn host_ref(&self) -> LayerRef<'_, Host> {
         LayerRef { k: &self.k, v: &self.v, k_dynamic: self.k_dynamic.as_deref(), v_dynamic: self.v_dynamic.as_deref() }
     }
 
-    fn as_mut<'a, M>(&'a mut self) -> LayerMut<'a, M>
-    where
-        M: Memory<Mut<'a, u8> = &'a mut [u8]> + Memory<Mut<'a, f32> = &'a mut [f32]>,
-    {
+    fn host_mut(&mut self) -> LayerMut<'_, Host> {
         LayerMut {
             k: &mut self.k,
             v: &mut self.v,
@@ -52,6 +51,66 @@ impl Layer {
             v_dynamic: self.v_dynamic.as_deref_mut(),
         }
     }
+}
+
+/// The same in a backend's memory.
+struct OnDevice<B: Backend> {
+    k: B::Buffer<u8>,
+    v: B::Buffer<u8>,
+    k_dynamic: Option<B::Buffer<f32>>,
+    v_dynamic: Option<B::Buffer<f32>>,
+}
+
+impl<B: Backend> OnDevice<B> {
+    fn new(backend: &B, layer: &Layer) -> Self {
+        fn upload<B: Backend, T: Pod>(backend: &B, data: &[T]) -> B::Buffer<T> {
+            let mut buffer = backend.zeros("layer", data.len()).unwrap();
+            backend.upload(data, &mut buffer).unwrap();
+            buffer
+        }
+        OnDevice {
+            k: upload(backend, &layer.k),
+            v: upload(backend, &layer.v),
+            k_dynamic: layer.k_dynamic.as_ref().map(|scales| upload(backend, scales)),
+            v_dynamic: layer.v_dynamic.as_ref().map(|scales| upload(backend, scales)),
+        }
+    }
+
+    fn as_ref(&self, backend: &B) -> LayerRef<'_, B> {
+        LayerRef {
+            k: backend.view(&self.k),
+            v: backend.view(&self.v),
+            k_dynamic: self.k_dynamic.as_ref().map(|scales| backend.view(scales)),
+            v_dynamic: self.v_dynamic.as_ref().map(|scales| backend.view(scales)),
+        }
+    }
+
+    fn as_mut(&mut self, backend: &B) -> LayerMut<'_, B> {
+        LayerMut {
+            k: backend.view_mut(&mut self.k),
+            v: backend.view_mut(&mut self.v),
+            k_dynamic: self.k_dynamic.as_mut().map(|scales| backend.view_mut(scales)),
+            v_dynamic: self.v_dynamic.as_mut().map(|scales| backend.view_mut(scales)),
+        }
+    }
+
+    /// Reads everything back.
+    fn download(&self, backend: &B, layer: &mut Layer) {
+        backend.download(&self.k, &mut layer.k).unwrap();
+        backend.download(&self.v, &mut layer.v).unwrap();
+        for (from, to) in [(&self.k_dynamic, &mut layer.k_dynamic), (&self.v_dynamic, &mut layer.v_dynamic)] {
+            if let (Some(from), Some(to)) = (from, to) {
+                backend.download(from, to).unwrap();
+            }
+        }
+    }
+}
+
+/// Runs `call` over the pool in the backend's memory and reads the pool back.
+fn over<B: Backend>(backend: &B, pool: &mut [Layer], call: impl FnOnce(&mut [OnDevice<B>]) -> quantkv::Result<()>) {
+    let mut device: Vec<_> = pool.iter().map(|layer| OnDevice::new(backend, layer)).collect();
+    call(&mut device).unwrap();
+    device.iter().zip(pool).for_each(|(device, layer)| device.download(backend, layer));
 }
 
 /// A pool's layers and shape. Half of the pools have gaps between blocks.
@@ -112,6 +171,12 @@ fn assert_same(case: usize, expected: &[Layer], got: &[Layer]) {
 
 #[test]
 fn copy_blocks_inside_a_pool() {
+    for device in devices() {
+        on_device!(&device, |backend| copy_blocks_inside_a_pool_of(backend));
+    }
+}
+
+fn copy_blocks_inside_a_pool_of<B: Backend>(backend: &B) {
     let mut rng = ChaCha8Rng::seed_from_u64(1);
     for case in 0..40 {
         let (blocks, layers) = if case % 8 == 0 { (200, 6) } else { (12, rng.random_range(0..4)) };
@@ -129,15 +194,22 @@ fn copy_blocks_inside_a_pool() {
         for (before, after) in pool.iter().zip(&mut expected) {
             expect((&shape, before), (&shape, after), &pairs);
         }
-        let mut views: Vec<LayerMut<'_, CpuBackend>> = pool.iter_mut().map(Layer::as_mut).collect();
-        let op = CopyBlocks { shape, layers: &mut views, pairs: &pairs };
-        CpuBackend::new().copy_blocks(op).unwrap();
+        over(backend, &mut pool, |pool| {
+            let mut views: Vec<_> = pool.iter_mut().map(|layer| layer.as_mut(backend)).collect();
+            backend.copy_blocks(CopyBlocks { shape, layers: &mut views, pairs: &pairs })
+        });
         assert_same(case, &expected, &pool);
     }
 }
 
 #[test]
 fn swap_blocks_between_pools_and_back() {
+    for device in devices() {
+        on_device!(&device, |backend| swap_blocks_between_pools_and_back_on(backend));
+    }
+}
+
+fn swap_blocks_between_pools_and_back_on<B: Backend>(backend: &B) {
     let mut rng = ChaCha8Rng::seed_from_u64(2);
     for case in 0..40 {
         let (blocks, layers) = if case % 8 == 0 { (200, 6) } else { (12, rng.random_range(0..4)) };
@@ -158,10 +230,12 @@ fn swap_blocks_between_pools_and_back() {
         for (from, to) in device.iter().zip(&mut expected) {
             expect((&device_shape, from), (&host_shape, to), &out);
         }
-        let src: Vec<LayerRef<'_, CpuBackend>> = device.iter().map(Layer::as_ref).collect();
-        let mut dst: Vec<LayerMut<'_, Host>> = host.iter_mut().map(Layer::as_mut).collect();
-        let op = SwapBlocks { src_shape: device_shape, src: &src, dst_shape: host_shape, dst: &mut dst, pairs: &out };
-        CpuBackend::new().swap_out(op).unwrap();
+        over(backend, &mut device, |device| {
+            let src: Vec<_> = device.iter().map(|layer| layer.as_ref(backend)).collect();
+            let mut dst: Vec<_> = host.iter_mut().map(Layer::host_mut).collect();
+            let (src_shape, dst_shape) = (device_shape, host_shape);
+            backend.swap_out(SwapBlocks { src_shape, src: &src, dst_shape, dst: &mut dst, pairs: &out })
+        });
         assert_same(case, &expected, &host);
 
         device_ids.shuffle(&mut rng);
@@ -170,22 +244,33 @@ fn swap_blocks_between_pools_and_back() {
         for (from, to) in host.iter().zip(&mut expected) {
             expect((&host_shape, from), (&device_shape, to), &back);
         }
-        let src: Vec<LayerRef<'_, Host>> = host.iter().map(Layer::as_ref).collect();
-        let mut dst: Vec<LayerMut<'_, CpuBackend>> = device.iter_mut().map(Layer::as_mut).collect();
-        let op = SwapBlocks { src_shape: host_shape, src: &src, dst_shape: device_shape, dst: &mut dst, pairs: &back };
-        CpuBackend::new().swap_in(op).unwrap();
+        over(backend, &mut device, |device| {
+            let src: Vec<_> = host.iter().map(Layer::host_ref).collect();
+            let mut dst: Vec<_> = device.iter_mut().map(|layer| layer.as_mut(backend)).collect();
+            let (src_shape, dst_shape) = (host_shape, device_shape);
+            backend.swap_in(SwapBlocks { src_shape, src: &src, dst_shape, dst: &mut dst, pairs: &back })
+        });
         assert_same(case, &expected, &device);
     }
 }
 
 #[test]
 fn zeros_are_zero_and_impossible_sizes_are_refused() {
-    let backend = CpuBackend::new();
-    assert_eq!(backend.zeros::<f32>("nothing", 0).unwrap(), Vec::<f32>::new());
-    assert!(backend.zeros::<i64>("some", 100_003).unwrap().iter().all(|&x| x == 0));
+    for device in devices() {
+        on_device!(&device, |backend| zeros_are_zero_on(backend));
+    }
+}
+
+fn zeros_are_zero_on<B: Backend>(backend: &B) {
+    backend.download(&backend.zeros::<f32>("nothing", 0).unwrap(), &mut []).unwrap();
+    let mut some = vec![-1i64; 100_003];
+    backend.download(&backend.zeros("some", some.len()).unwrap(), &mut some).unwrap();
+    assert!(some.iter().all(|&x| x == 0));
     let overflow = backend.zeros::<i64>("the cache", usize::MAX / 4);
     assert!(matches!(overflow, Err(Error::Overflow { what: "the cache" })), "{overflow:?}");
     // No machine has 2^62 bytes; an allocation that fails must not end the process.
     let too_much = backend.zeros::<u8>("the cache", 1 << 62);
     assert!(matches!(too_much, Err(Error::OutOfMemory { what: "the cache", bytes }) if bytes == 1 << 62));
+    // And it must not be the last one.
+    backend.zeros::<u8>("the next", 1).unwrap();
 }

@@ -6,16 +6,20 @@
 //! oracle checks these runs like any other. Random *arguments* must end in `Ok` or `Err`, never in
 //! a panic or a write outside the buffers given.
 
+#[path = "../testing/devices.rs"]
+mod devices;
 #[path = "../testing/oracle/mod.rs"]
 mod oracle;
 
+use devices::{Parts, devices};
 use oracle::attention::{AttentionCase, check_attention, expect};
 use oracle::geometry::{Geometry, Layer};
 use oracle::rows::{self, CacheWriteCase, GatherCase, Rows};
-use oracle::run::{self, cpu_backends, same_layer};
+use oracle::run::{self, same_layer};
 use oracle::strategy::{self, Rng, ScaleKind};
 use proptest::prelude::*;
 use quantkv::args::{AttentionParams, CacheWrite, Gather, LayerMut, LayerRef, PagedAttention, RowStrides};
+use quantkv::format::Pod;
 use quantkv::layout::{AddressMap, DynamicScales, Half};
 use quantkv::scale::{ScaleRef, ScaleStrides};
 use quantkv::{Backend, CacheLayout, CacheShape, CacheSpec, DType, KvFormat};
@@ -67,12 +71,13 @@ proptest! {
         let k_scale = strategy::scales(ScaleKind::Head, geometry.heads, geometry.k_dim, || rng.any_scale());
         let v_scale = strategy::scales(ScaleKind::Channel, geometry.heads, geometry.v_dim, || rng.any_scale());
         let case = CacheWriteCase { geometry, before, dtype: DType::F32, key, value, slot_mapping: slots, k_scale, v_scale };
-        let (expected, owed) = rows::cache_write(&case);
-        for backend in cpu_backends() {
-            let (got, faults) = run::cache_write(&backend, &case).unwrap();
-            prop_assert!(same_layer(&expected, &got), "on {}", backend.isa());
-            prop_assert_eq!(faults, owed, "on {}", backend.isa());
-            prop_assert!(backend.faults().unwrap().is_empty(), "faults() clears");
+        for device in devices() {
+            let case = if device.is_cpu() { case.clone() } else { case.without_repeated_slots() };
+            let (expected, owed) = rows::cache_write(&case);
+            let (got, faults) = on_device!(&device, |backend| run::cache_write(backend, &case)).unwrap();
+            prop_assert!(same_layer(&expected, &got), "on {}", device);
+            prop_assert_eq!(faults, owed, "on {}", device);
+            prop_assert!(on_device!(&device, |backend| backend.faults()).unwrap().is_empty(), "faults() clears");
         }
     }
 
@@ -124,10 +129,10 @@ proptest! {
             lse: Some(vec![1234.0; num_tokens * num_heads + 5]),
         };
         let expectation = expect(&case);
-        for backend in cpu_backends() {
-            let (out, lse, faults) = run::attention(&backend, &case).unwrap();
+        for device in devices() {
+            let (out, lse, faults) = on_device!(&device, |backend| run::attention(backend, &case)).unwrap();
             prop_assert_eq!(
-                check_attention(&case, &expectation, &out, lse.as_deref(), faults), Ok(()), "on {}", backend.isa()
+                check_attention(&case, &expectation, &out, lse.as_deref(), faults), Ok(()), "on {}", device
             );
         }
     }
@@ -167,16 +172,16 @@ proptest! {
         };
         let (key, value) = rows::gather(&case);
         let bytes = rows::gather_bytes(&case, 0x5a, 64);
-        for backend in cpu_backends() {
-            let (got_key, got_value, faults) = run::gather(&backend, &case).unwrap();
-            prop_assert_eq!(rows::check_gather_faults(&case, faults), Ok(()), "on {}", backend.isa());
+        for device in devices() {
+            let (got_key, got_value, faults) = on_device!(&device, |backend| run::gather(backend, &case)).unwrap();
+            prop_assert_eq!(rows::check_gather_faults(&case, faults), Ok(()), "on {}", device);
             for (expected, got) in [(&key, &got_key), (&value, &got_value)] {
                 let same = |(a, b): (&f32, &f32)| oracle::formats::same_value(*a, *b);
-                prop_assert!(expected.data.iter().zip(&got.data).all(same), "on {}", backend.isa());
+                prop_assert!(expected.data.iter().zip(&got.data).all(same), "on {}", device);
             }
-            let (got, faults) = run::gather_bytes(&backend, &case, 0x5a, 64).unwrap();
-            prop_assert_eq!(rows::check_gather_faults(&case, faults), Ok(()), "on {}", backend.isa());
-            prop_assert!(got == bytes, "on {}", backend.isa());
+            let (got, faults) = on_device!(&device, |backend| run::gather_bytes(backend, &case, 0x5a, 64)).unwrap();
+            prop_assert_eq!(rows::check_gather_faults(&case, faults), Ok(()), "on {}", device);
+            prop_assert!(got == bytes, "on {}", device);
         }
     }
 }
@@ -187,27 +192,32 @@ fn size(rng: &mut Rng, usual: &[usize]) -> usize {
     if rng.chance(96) { usual[rng.below(usual.len())] } else { WILD[rng.below(12)] }
 }
 
-/// A buffer of random bits inside a larger allocation whose margins must stay.
-struct Guarded<T> {
-    all: Vec<T>,
+/// A buffer of random bits inside a larger one, whose margins must stay.
+struct Guarded<B: Backend, T: Pod> {
+    all: B::Buffer<T>,
     len: usize,
 }
 
 const MARGIN: usize = 256;
 
-impl<T: Copy + PartialEq> Guarded<T> {
-    fn new(len: usize, guard: T, mut next: impl FnMut() -> T) -> Self {
+impl<B: Parts, T: Pod + PartialEq> Guarded<B, T> {
+    fn new(backend: &B, len: usize, guard: T, mut next: impl FnMut() -> T) -> Self {
         let mut all = vec![guard; len + 2 * MARGIN];
         all[MARGIN..MARGIN + len].iter_mut().for_each(|x| *x = next());
-        Guarded { all, len }
+        Guarded { all: run::upload(backend, &all), len }
     }
 
-    fn view(&mut self) -> &mut [T] {
-        &mut self.all[MARGIN..MARGIN + self.len]
+    fn view(&self, backend: &B) -> B::Ref<'_, T> {
+        B::part(backend.view(&self.all), MARGIN..MARGIN + self.len)
     }
 
-    fn intact(&self, guard: T) -> bool {
-        self.all[..MARGIN].iter().chain(&self.all[MARGIN + self.len..]).all(|&x| x == guard)
+    fn view_mut(&mut self, backend: &B) -> B::Mut<'_, T> {
+        B::part_mut(backend.view_mut(&mut self.all), MARGIN..MARGIN + self.len)
+    }
+
+    fn intact(&self, backend: &B, guard: T) -> bool {
+        let all = run::download(backend, &self.all, self.len + 2 * MARGIN);
+        all[..MARGIN].iter().chain(&all[MARGIN + self.len..]).all(|&x| x == guard)
     }
 }
 
@@ -252,55 +262,64 @@ fn any_strides(rng: &mut Rng, heads: usize) -> RowStrides {
 }
 
 /// The buffers of one call; floats are any bits, scales and dynamic scales too.
-struct Buffers {
-    k: Guarded<u8>,
-    v: Guarded<u8>,
-    dynamic: [Option<Vec<f32>>; 2],
-    scales: Vec<f32>,
-    input: Vec<f32>,
-    first: Guarded<f32>,
-    second: Guarded<f32>,
+struct Buffers<B: Backend> {
+    k: Guarded<B, u8>,
+    v: Guarded<B, u8>,
+    dynamic: [Option<B::Buffer<f32>>; 2],
+    scales: B::Buffer<f32>,
+    input: B::Buffer<f32>,
+    first: Guarded<B, f32>,
+    second: Guarded<B, f32>,
 }
 
 const GUARD: f32 = 1234.0;
 
-impl Buffers {
-    fn new(shape: &CacheShape, rng: &mut Rng) -> Self {
+impl<B: Parts> Buffers<B> {
+    fn new(backend: &B, shape: &CacheShape, rng: &mut Rng) -> Self {
         // The largest shape of `any_shape` that is valid: 3 blocks of 16 slots, 2 heads of 32 f32.
         let cache = 3 * 1024 * 4;
         let cached = |rng: &mut Rng| {
             let len = length(rng, cache);
-            Guarded::new(len, 0xee, || rng.bits() as u8)
+            Guarded::new(backend, len, 0xee, || rng.bits() as u8)
         };
         let (k, v) = (cached(rng), cached(rng));
         let dynamic = [Half::K, Half::V].map(|half| {
             let wanted = shape.spec.has_dynamic_scales(half) != rng.chance(5);
-            wanted.then(|| (0..length(rng, 96)).map(|_| f32::from_bits(rng.bits() as u32)).collect())
+            let scales =
+                |rng: &mut Rng| Vec::from_iter((0..length(rng, 96)).map(|_| f32::from_bits(rng.bits() as u32)));
+            wanted.then(|| run::upload(backend, &scales(rng)))
         });
-        let floats = |len, rng: &mut Rng| -> Vec<f32> {
-            (0..length(rng, len)).map(|_| if rng.chance(50) { rng.normal() } else { rng.any_activation() }).collect()
+        let floats = |len, rng: &mut Rng| {
+            let floats: Vec<f32> = (0..length(rng, len))
+                .map(|_| if rng.chance(50) { rng.normal() } else { rng.any_activation() })
+                .collect();
+            run::upload(backend, &floats)
         };
         let (scales, input) = (floats(64, rng), floats(4096, rng));
         let output = |rng: &mut Rng| {
             let len = length(rng, 4096);
-            Guarded::new(len, GUARD, || rng.normal())
+            Guarded::new(backend, len, GUARD, || rng.normal())
         };
         let (first, second) = (output(rng), output(rng));
         Buffers { k, v, dynamic, scales, input, first, second }
     }
 
-    fn intact(&self) -> bool {
-        self.k.intact(0xee) && self.v.intact(0xee) && self.first.intact(GUARD) && self.second.intact(GUARD)
+    fn intact(&self, backend: &B) -> bool {
+        self.k.intact(backend, 0xee)
+            && self.v.intact(backend, 0xee)
+            && self.first.intact(backend, GUARD)
+            && self.second.intact(backend, GUARD)
     }
 }
 
-fn random_call(backend: &quantkv::CpuBackend, seed: u64) -> bool {
+/// One call of random arguments, the same for every backend.
+fn random_call<B: Parts>(backend: &B, seed: u64) -> quantkv::Result<()> {
     let rng = &mut Rng::new(seed);
     let shape = any_shape(rng);
-    let mut buffers = Buffers::new(&shape, rng);
+    let mut buffers = Buffers::new(backend, &shape, rng);
     let group = size(rng, &[1, 2]);
     let heads = shape.spec.num_kv_heads.wrapping_mul(group);
-    let [k_dynamic, v_dynamic] = &mut buffers.dynamic;
+    let Buffers { k, v, dynamic: [k_dynamic, v_dynamic], scales, input, first, second } = &mut buffers;
     let ints: Vec<i32> = (0..length(rng, 64)).map(|_| hostile(rng, 6)).collect();
     let tables: Vec<i32> = (0..length(rng, 64)).map(|_| hostile(rng, 3)).collect();
     let slots: Vec<i64> = (0..rng.below(16)).map(|_| i64::from(hostile(rng, 48))).collect();
@@ -308,51 +327,55 @@ fn random_call(backend: &quantkv::CpuBackend, seed: u64) -> bool {
     let (kind, table_stride) = (rng.below(3), size(rng, &[1, 3, 4]));
     let strides = [any_strides(rng, 4), any_strides(rng, 4)];
     let (num_tokens, seqs) = (size(rng, &[1, 5, 8]), rng.below(5).min(ints.len()));
+    let (ints, tables, slots) =
+        (run::upload(backend, &ints), run::upload(backend, &tables), run::upload(backend, &slots));
+    let (ints, tables, slots) = (backend.view(&ints), backend.view(&tables), backend.view(&slots));
+    let (scales, input) = (backend.view(scales), backend.view(input));
     macro_rules! scale {
         () => {
-            ScaleRef { values: &buffers.scales[..], strides: scale }
+            ScaleRef { values: scales, strides: scale }
         };
     }
     macro_rules! layer_ref {
         () => {
             LayerRef {
-                k: buffers.k.view(),
-                v: buffers.v.view(),
-                k_dynamic: k_dynamic.as_deref(),
-                v_dynamic: v_dynamic.as_deref(),
+                k: k.view(backend),
+                v: v.view(backend),
+                k_dynamic: k_dynamic.as_ref().map(|scales| backend.view(scales)),
+                v_dynamic: v_dynamic.as_ref().map(|scales| backend.view(scales)),
             }
         };
     }
     let result = match kind {
-        0 => backend.cache_write(CacheWrite {
+        0 => backend.cache_write::<f32>(CacheWrite {
             shape,
             cache: LayerMut {
-                k: buffers.k.view(),
-                v: buffers.v.view(),
-                k_dynamic: k_dynamic.as_deref_mut(),
-                v_dynamic: v_dynamic.as_deref_mut(),
+                k: k.view_mut(backend),
+                v: v.view_mut(backend),
+                k_dynamic: k_dynamic.as_mut().map(|scales| backend.view_mut(scales)),
+                v_dynamic: v_dynamic.as_mut().map(|scales| backend.view_mut(scales)),
             },
-            key: &buffers.input[..],
+            key: input,
             key_strides: strides[0],
-            value: &buffers.input[..],
+            value: input,
             value_strides: strides[1],
-            slot_mapping: &slots,
+            slot_mapping: slots,
             k_scale: scale!(),
             v_scale: scale!(),
         }),
-        1 => backend.gather(Gather {
+        1 => backend.gather::<f32>(Gather {
             shape,
             cache: layer_ref!(),
             k_scale: scale!(),
             v_scale: scale!(),
-            block_tables: &tables,
+            block_tables: tables,
             block_table_stride: table_stride,
-            cu_seq_lens: &ints[..seqs],
-            starts: rng.chance(50).then_some(&ints[..]),
+            cu_seq_lens: B::part(ints, 0..seqs),
+            starts: rng.chance(50).then_some(ints),
             num_tokens,
-            key: buffers.first.view(),
+            key: first.view_mut(backend),
             key_strides: strides[0],
-            value: buffers.second.view(),
+            value: second.view_mut(backend),
             value_strides: strides[1],
         }),
         _ => {
@@ -362,8 +385,8 @@ fn random_call(backend: &quantkv::CpuBackend, seed: u64) -> bool {
                 sliding_window: rng.chance(30).then(|| size(rng, &[1, 9])),
             };
             let floats = backend.attention_workspace_len(&shape, heads, num_tokens);
-            let mut workspace = vec![f32::NAN; if floats < 1 << 24 { floats } else { 0 }];
-            backend.paged_attention(PagedAttention {
+            let mut workspace = run::upload(backend, &vec![f32::NAN; if floats < 1 << 24 { floats } else { 0 }]);
+            backend.paged_attention::<f32>(PagedAttention {
                 shape,
                 cache: layer_ref!(),
                 k_scale: scale!(),
@@ -371,37 +394,44 @@ fn random_call(backend: &quantkv::CpuBackend, seed: u64) -> bool {
                 params,
                 num_heads: heads,
                 num_tokens,
-                query: &buffers.input[..],
+                query: input,
                 query_strides: strides[0],
-                query_starts: &ints,
-                seq_lens: &ints[..seqs],
-                block_tables: &tables,
+                query_starts: ints,
+                seq_lens: B::part(ints, 0..seqs),
+                block_tables: tables,
                 block_table_stride: table_stride,
-                alibi_slopes: rng.chance(30).then_some(&buffers.scales[..]),
-                sinks: rng.chance(30).then_some(&buffers.scales[..]),
-                output: buffers.first.view(),
+                alibi_slopes: rng.chance(30).then_some(scales),
+                sinks: rng.chance(30).then_some(scales),
+                output: first.view_mut(backend),
                 output_strides: strides[1],
-                lse: if rng.chance(50) { Some(buffers.second.view()) } else { None },
-                workspace: &mut workspace,
+                lse: if rng.chance(50) { Some(second.view_mut(backend)) } else { None },
+                workspace: backend.view_mut(&mut workspace),
                 plan_is_ready: false,
             })
         }
     };
-    let ran = result.is_ok();
-    if let Err(error) = result {
+    if let Err(error) = &result {
         assert!(!error.to_string().is_empty());
     }
-    assert!(buffers.intact(), "seed {seed}: a guard was overwritten on {}", backend.isa());
-    ran
+    assert!(buffers.intact(backend), "seed {seed}: a guard was overwritten");
+    result
 }
 
-/// Structurally random calls: `Ok` or `Err`, no panic, no write outside. A good part must get past
-/// validation, or the test would say little.
+/// Structurally random calls: `Ok` or `Err`, the same on every device, no panic, no write outside. A good
+/// part must get past validation, or the test would say little.
 #[test]
 fn random_arguments_never_panic() {
     let rounds = std::env::var("PROPTEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(3000u64);
-    for backend in cpu_backends() {
-        let ran = (0..rounds).filter(|&seed| random_call(&backend, seed)).count() as u64;
-        assert!(ran * 10 > rounds && ran < rounds, "{ran} of {rounds} calls ran on {}", backend.isa());
+    let devices = devices();
+    let mut ran = 0;
+    for seed in 0..rounds {
+        let answers: Vec<_> =
+            devices.iter().map(|device| on_device!(device, |backend| random_call(backend, seed))).collect();
+        for (device, answer) in devices.iter().zip(&answers) {
+            let (first, answer) = (format!("{:?}", answers[0]), format!("{answer:?}"));
+            assert!(first == answer, "seed {seed}: {} says {first}, {device} {answer}", devices[0]);
+        }
+        ran += u64::from(answers.iter().all(Result::is_ok));
     }
+    assert!(ran * 10 > rounds && ran < rounds, "{ran} of {rounds} calls ran");
 }

@@ -4,16 +4,19 @@
 //! Whatever no query may see is NaN: slots past the sequence length, slots behind every window,
 //! blocks no table names, gaps, padding of the query rows, the workspace.
 
+#[path = "../testing/devices.rs"]
+mod devices;
 #[path = "../testing/oracle/mod.rs"]
 mod oracle;
 
 use std::collections::HashSet;
 
+use devices::attention_devices;
 use oracle::attention::{self, AttentionCase, AttentionExpectation, MergeCase, check_attention, check_close, expect};
 use oracle::formats::round_to;
 use oracle::geometry::{Geometry, Layer, Scales};
 use oracle::rows::Rows;
-use oracle::run::{self, cpu_backends};
+use oracle::run;
 use oracle::strategy::{self, Padding, Rng, ScaleKind};
 use proptest::prelude::*;
 use quantkv::args::{AttentionParams, RowStrides};
@@ -27,8 +30,9 @@ fn check<B: Backend>(backend: &B, case: &AttentionCase, expectation: &AttentionE
 
 fn check_all(case: &AttentionCase, what: impl std::fmt::Debug) {
     let expectation = expect(case);
-    for backend in cpu_backends() {
-        check(&backend, case, &expectation).unwrap_or_else(|text| panic!("{what:?} on {}: {text}", backend.isa()));
+    for device in attention_devices() {
+        on_device!(&device, |backend| check(backend, case, &expectation))
+            .unwrap_or_else(|text| panic!("{what:?} on {}: {text}", device));
     }
 }
 
@@ -195,8 +199,8 @@ proptest! {
     fn any_batch_matches_f64(parameters in parameters()) {
         let case = build(&parameters);
         let expectation = expect(&case);
-        for backend in cpu_backends() {
-            prop_assert_eq!(check(&backend, &case, &expectation), Ok(()), "on {}", backend.isa());
+        for device in attention_devices() {
+            prop_assert_eq!(on_device!(&device, |backend| check(backend, &case, &expectation)), Ok(()), "on {}", device);
         }
     }
 }
@@ -251,8 +255,8 @@ fn an_empty_sequence_gives_zeros() {
             fill_visible(&mut case, &mut Rng::new(1));
             case.sinks = sinks.clone();
             check_all(&case, &sinks);
-            for backend in cpu_backends() {
-                let (out, lse, _) = run::attention(&backend, &case).unwrap();
+            for device in attention_devices() {
+                let (out, lse, _) = on_device!(&device, |backend| run::attention(backend, &case)).unwrap();
                 assert!(out[..16].iter().chain(&out[32..]).all(|&x| x == 0.0), "{out:?}");
                 let lse = lse.unwrap();
                 let want = sinks.clone().unwrap_or(vec![f32::NEG_INFINITY; 2]);
@@ -348,10 +352,11 @@ fn long_sequences_are_split() {
 #[test]
 fn a_workspace_for_many_tokens_serves_fewer() {
     let geometry = Geometry::plain(CacheLayout::Hnd, (2, 16), (16, 8000), KvFormat::Fp8E4M3);
-    for backend in cpu_backends() {
+    for device in attention_devices() {
         let mut largest = 0;
         for num_tokens in 0..3000 {
-            let len = backend.attention_workspace_len(&geometry.shape(), 4, num_tokens);
+            let shape = geometry.shape();
+            let len = on_device!(&device, |backend| backend.attention_workspace_len(&shape, 4, num_tokens));
             assert!(len >= largest, "{num_tokens} tokens need {len} floats, fewer tokens {largest}");
             largest = len;
         }
@@ -372,19 +377,19 @@ fn results_do_not_depend_on_threads() {
         percent_empty: 10,
         seed: 3,
     });
-    for backend in cpu_backends() {
-        check(&backend, &case, &expectation).unwrap();
-        check_merge(&backend, &merge).unwrap();
+    for device in attention_devices() {
+        on_device!(&device, |backend| check(backend, &case, &expectation)).unwrap();
+        on_device!(&device, |backend| check_merge(backend, &merge)).unwrap();
         let bits = || {
-            let (out, lse, _) = run::attention(&backend, &case).unwrap();
-            let (merged, merged_lse) = run::merge(&backend, &merge).unwrap();
+            let (out, lse, _) = on_device!(&device, |backend| run::attention(backend, &case)).unwrap();
+            let (merged, merged_lse) = on_device!(&device, |backend| run::merge(backend, &merge)).unwrap();
             let all = [out, lse.unwrap(), merged, merged_lse.unwrap()].concat();
             all.iter().map(|x| x.to_bits()).collect::<Vec<_>>()
         };
         let here = bits();
-        run::in_pools(|threads| {
+        device.in_pools(|threads| {
             for _ in 0..2 {
-                assert!(bits() == here, "{} differs with {threads} threads", backend.isa());
+                assert!(bits() == here, "{} differs with {threads} threads", device);
             }
         });
     }
@@ -461,8 +466,8 @@ proptest! {
         percent_empty in prop_oneof![Just(0u64), Just(10), Just(50), Just(100)], seed in any::<u64>(),
     ) {
         let case = build_merge(&MergeParameters { shape, dtype, padding, with_lse, percent_empty, seed });
-        for backend in cpu_backends() {
-            prop_assert_eq!(check_merge(&backend, &case), Ok(()), "on {}", backend.isa());
+        for device in attention_devices() {
+            prop_assert_eq!(on_device!(&device, |backend| check_merge(backend, &case)), Ok(()), "on {}", device);
         }
     }
 }
@@ -482,10 +487,10 @@ fn halves_merge_to_the_whole() {
         seq_lens: vec![tables.len() as i32 * 8],
         ..case.clone()
     };
-    for backend in cpu_backends() {
+    for device in attention_devices() {
         let run = |case: &AttentionCase| {
-            check(&backend, case, &expect(case)).unwrap();
-            let (out, lse, _) = run::attention(&backend, case).unwrap();
+            on_device!(&device, |backend| check(backend, case, &expect(case))).unwrap();
+            let (out, lse, _) = on_device!(&device, |backend| run::attention(backend, case)).unwrap();
             (out, lse.unwrap())
         };
         let (whole, (a, b)) = (run(&case), (run(&part(&[0, 1, 2])), run(&part(&[3, 4, 5, 6, 7]))));
@@ -502,7 +507,7 @@ fn halves_merge_to_the_whole() {
             output: vec![0.0; 128],
             with_lse: true,
         };
-        let (out, lse) = run::merge(&backend, &merge).unwrap();
+        let (out, lse) = on_device!(&device, |backend| run::merge(backend, &merge)).unwrap();
         for (got, want) in out.iter().chain(&lse.unwrap()).zip(whole.0.iter().chain(&whole.1)) {
             // Values of order one through two softmaxes and a merge: some dozens of f32 roundings.
             check_close(*got, f64::from(*want), 256.0 * f64::from(f32::EPSILON)).unwrap();

@@ -1,13 +1,16 @@
 //! Dense conversions and the way from data to scales: `quantize`, `dequantize`, `absmax`,
 //! `update_scales`. All bit for bit.
 
+#[path = "../testing/devices.rs"]
+mod devices;
 #[path = "../testing/oracle/mod.rs"]
 mod oracle;
 
+use devices::devices;
 use oracle::formats::{bytes_of, same_stored, same_value};
 use oracle::geometry::Scales;
 use oracle::rows::{self, ConvertCase};
-use oracle::run::{self, cpu_backends};
+use oracle::run;
 use oracle::strategy::{self, Padding, Rng, ScaleKind};
 use proptest::prelude::*;
 use quantkv::scale::Granularity;
@@ -77,8 +80,8 @@ proptest! {
     #[test]
     fn conversions_are_exact(parameters in parameters()) {
         let case = build(&parameters);
-        for backend in cpu_backends() {
-            prop_assert_eq!(check(&backend, &case), Ok(()), "on {}", backend.isa());
+        for device in devices() {
+            prop_assert_eq!(on_device!(&device, |backend| check(backend, &case)), Ok(()), "on {}", device);
         }
     }
 
@@ -97,10 +100,10 @@ proptest! {
         };
         let running: Vec<f32> = (0..len).map(|_| if rng.chance(percent_seen) { rng.normal().abs() * 9.0 } else { 0.0 }).collect();
         let expected = rows::absmax(&case.rows, shape, granularity, &running);
-        for backend in cpu_backends() {
-            let got = run::absmax(&backend, &case.rows, case.dtype, shape, granularity, &running).unwrap();
+        for device in devices() {
+            let got = on_device!(&device, |backend| run::absmax(backend, &case.rows, case.dtype, shape, granularity, &running)).unwrap();
             let bits = |all: &[f32]| all.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-            prop_assert_eq!(bits(&got), bits(&expected), "on {}: {:?} {:?}", backend.isa(), got, expected);
+            prop_assert_eq!(bits(&got), bits(&expected), "on {}: {:?} {:?}", device, got, expected);
         }
     }
 
@@ -110,10 +113,10 @@ proptest! {
         const EDGES: [f32; 5] = [0.0, 1e-45, f32::MIN_POSITIVE, f32::MAX, 1.0];
         let absmax: Vec<f32> =
             (0..len).map(|_| if rng.chance(30) { EDGES[rng.below(5)] } else { rng.normal().abs() * 50.0 }).collect();
-        for backend in cpu_backends() {
-            let got = run::update_scales(&backend, &absmax, divisor).unwrap();
+        for device in devices() {
+            let got = on_device!(&device, |backend| run::update_scales(backend, &absmax, divisor)).unwrap();
             for (&x, &scale) in absmax.iter().zip(&got) {
-                prop_assert_eq!(scale, rows::update_scale(x, divisor), "absmax {:e} on {}", x, backend.isa());
+                prop_assert_eq!(scale, rows::update_scale(x, divisor), "absmax {:e} on {}", x, device);
                 prop_assert!(scale.is_finite() && scale > 0.0);
             }
         }
@@ -132,9 +135,22 @@ fn first_batch_scales() {
     ] {
         let mut next = rows.iter().cycle();
         let rows = strategy::rows(shape, (0, 0, 0), DType::F32, || *next.next().unwrap());
-        for backend in cpu_backends() {
-            let maxima = run::absmax(&backend, &rows, DType::F32, shape, Granularity::Tensor, &[0.0]).unwrap();
-            assert_eq!(run::update_scales(&backend, &maxima, 200.0).unwrap(), [expected], "{}", backend.isa());
+        for device in devices() {
+            let maxima = on_device!(&device, |backend| run::absmax(
+                backend,
+                &rows,
+                DType::F32,
+                shape,
+                Granularity::Tensor,
+                &[0.0]
+            ))
+            .unwrap();
+            assert_eq!(
+                on_device!(&device, |backend| run::update_scales(backend, &maxima, 200.0)).unwrap(),
+                [expected],
+                "{}",
+                device
+            );
         }
     }
 }
@@ -161,9 +177,9 @@ fn vllm_round_trip_error() {
             codes: vec![0; 64 * 64],
             rows: rows.clone(),
         };
-        for backend in cpu_backends() {
-            case.codes = run::quantize(&backend, &case).unwrap();
-            let back = run::dequantize(&backend, &case).unwrap();
+        for device in devices() {
+            case.codes = on_device!(&device, |backend| run::quantize(backend, &case)).unwrap();
+            let back = on_device!(&device, |backend| run::dequantize(backend, &case)).unwrap();
             for (x, y) in rows.data.iter().zip(&back.data) {
                 assert!((x - y).abs() <= (x.abs() * relative).max(absolute), "{format}: {x} became {y}");
             }
@@ -187,14 +203,22 @@ fn large_conversions_on_any_number_of_threads() {
         };
         let case = build(&parameters);
         let expected = (rows::quantize(&case), rows::dequantize(&case));
-        for backend in cpu_backends() {
-            run::in_pools(|threads| {
-                let what = format!("{format} on {} with {threads} threads", backend.isa());
-                assert_eq!(check_against(&backend, &case, &expected), Ok(()), "{what}");
+        for device in devices() {
+            device.in_pools(|threads| {
+                let what = format!("{format} on {} with {threads} threads", device);
+                assert_eq!(on_device!(&device, |backend| check_against(backend, &case, &expected)), Ok(()), "{what}");
                 for granularity in [Granularity::Tensor, Granularity::Head, Granularity::Channel] {
                     let running = vec![0.5; granularity.len(4, 128)];
                     let expected = rows::absmax(&case.rows, shape, granularity, &running);
-                    let got = run::absmax(&backend, &case.rows, case.dtype, shape, granularity, &running).unwrap();
+                    let got = on_device!(&device, |backend| run::absmax(
+                        backend,
+                        &case.rows,
+                        case.dtype,
+                        shape,
+                        granularity,
+                        &running
+                    ))
+                    .unwrap();
                     assert_eq!(got, expected, "{what}");
                 }
             });

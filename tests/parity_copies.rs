@@ -1,13 +1,16 @@
 //! What moves blocks without looking inside them, and what gathers them into dense rows:
 //! `copy_blocks`, `swap_out`, `swap_in`, `gather`, `gather_bytes`. All byte for byte.
 
+#[path = "../testing/devices.rs"]
+mod devices;
 #[path = "../testing/oracle/mod.rs"]
 mod oracle;
 
+use devices::devices;
 use oracle::formats::same_value;
 use oracle::geometry::{Geometry, Layer};
 use oracle::rows::{self, GatherCase, Rows};
-use oracle::run::{self, cpu_backends, same_layer};
+use oracle::run::{self, same_layer};
 use oracle::strategy::{self, Padding, Rng, ScaleKind};
 use proptest::prelude::*;
 use quantkv::args::BlockPair;
@@ -204,8 +207,8 @@ proptest! {
         let geometry = Geometry { num_blocks: blocks.min(geometry.num_blocks * 3), ..geometry };
         let layers = layers(&geometry, count, &mut rng);
         let pairs = copy_pairs(geometry.num_blocks, &mut rng);
-        for backend in cpu_backends() {
-            check_copy(&backend, &geometry, &layers, &pairs);
+        for device in devices() {
+            on_device!(&device, |backend| check_copy(backend, &geometry, &layers, &pairs));
         }
     }
 
@@ -218,16 +221,16 @@ proptest! {
         let other = Geometry { num_blocks: other_blocks, k_gap: gaps.0, v_gap: gaps.1, tail: 5, ..geometry };
         let (src, dst) = (layers(&geometry, count, &mut rng), layers(&other, count, &mut rng));
         let pairs = swap_pairs(geometry.num_blocks, other.num_blocks, &mut rng);
-        for backend in cpu_backends() {
-            check_swap(&backend, (&geometry, &src), (&other, &dst), &pairs);
+        for device in devices() {
+            on_device!(&device, |backend| check_swap(backend, (&geometry, &src), (&other, &dst), &pairs));
         }
     }
 
     #[test]
     fn paged_rows_become_dense(parameters in gather_parameters()) {
         let case = build_gather(&parameters);
-        for backend in cpu_backends() {
-            prop_assert_eq!(check_gather(&backend, &case), Ok(()), "on {}", backend.isa());
+        for device in devices() {
+            prop_assert_eq!(on_device!(&device, |backend| check_gather(backend, &case)), Ok(()), "on {}", device);
         }
     }
 }
@@ -236,20 +239,23 @@ proptest! {
 #[test]
 fn vllm_swap_256_blocks_there_and_back() {
     for format in [KvFormat::BF16, KvFormat::Fp8E4M3] {
-        let device = Geometry::plain(CacheLayout::VllmPacked, (8, 64), (16, 300), format);
-        let host = Geometry { num_blocks: 256, ..device };
+        let pool = Geometry::plain(CacheLayout::VllmPacked, (8, 64), (16, 300), format);
+        let host = Geometry { num_blocks: 256, ..pool };
         let mut rng = Rng::new(3);
-        let (src, dst) = (layers(&device, 2, &mut rng), layers(&host, 2, &mut rng));
+        let (src, dst) = (layers(&pool, 2, &mut rng), layers(&host, 2, &mut rng));
         let out: Vec<_> = (0..256).map(|i| BlockPair::new((i * 7) % 300, i)).collect();
         let back: Vec<_> = out.iter().map(|pair| BlockPair::new(pair.dst, pair.src)).collect();
-        for backend in cpu_backends() {
-            let swapped = run::swap_out(&backend, (&device, &src), (&host, &dst), &out).unwrap();
-            let blank: Vec<_> = src.iter().map(|_| Layer::poisoned(&device)).collect();
-            let returned = run::swap_in(&backend, (&host, &swapped), (&device, &blank), &back).unwrap();
+        for device in devices() {
+            let swapped =
+                on_device!(&device, |backend| run::swap_out(backend, (&pool, &src), (&host, &dst), &out)).unwrap();
+            let blank: Vec<_> = src.iter().map(|_| Layer::poisoned(&pool)).collect();
+            let returned =
+                on_device!(&device, |backend| run::swap_in(backend, (&host, &swapped), (&pool, &blank), &back))
+                    .unwrap();
             for (before, (after, blank)) in src.iter().zip(returned.iter().zip(&blank)) {
                 let mut expected = blank.clone();
                 let pairs: Vec<_> = out.iter().map(|pair| BlockPair::new(pair.src, pair.src)).collect();
-                rows::copy_blocks((&device, before), (&device, &mut expected), &pairs);
+                rows::copy_blocks((&pool, before), (&pool, &mut expected), &pairs);
                 assert!(same_layer(&expected, after));
             }
         }
@@ -277,8 +283,9 @@ fn vllm_gather_with_starts_and_uneven_lengths() {
                 scales: (ScaleKind::Tensor, ScaleKind::Tensor),
                 seed: 5,
             });
-            for backend in cpu_backends() {
-                check_gather(&backend, &case).unwrap_or_else(|text| panic!("{}: {text}", backend.isa()));
+            for device in devices() {
+                on_device!(&device, |backend| check_gather(backend, &case))
+                    .unwrap_or_else(|text| panic!("{}: {text}", device));
             }
         }
     }
@@ -315,9 +322,10 @@ fn every_code_is_dequantized_exactly() {
                 key: blank.clone(),
                 value: blank,
             };
-            for backend in cpu_backends() {
-                check_gather(&backend, &case).unwrap_or_else(|text| panic!("{format} on {}: {text}", backend.isa()));
-                assert_eq!(backend.faults().unwrap(), Faults::NONE);
+            for device in devices() {
+                on_device!(&device, |backend| check_gather(backend, &case))
+                    .unwrap_or_else(|text| panic!("{format} on {}: {text}", device));
+                assert_eq!(on_device!(&device, |backend| backend.faults()).unwrap(), Faults::NONE);
             }
         }
     }
@@ -347,12 +355,12 @@ fn large_moves_on_any_number_of_threads() {
         let swapped = layers(&host, 3, &mut rng);
         let copies: Vec<_> = (0..40).map(|i| BlockPair::new(i, 89 - i)).collect();
         let swaps: Vec<_> = (0..55).map(|i| BlockPair::new(89 - i, i)).collect();
-        for backend in cpu_backends() {
-            run::in_pools(|threads| {
-                let result = check_gather(&backend, &case);
-                assert_eq!(result, Ok(()), "{layout:?} on {} with {threads} threads", backend.isa());
-                check_copy(&backend, &geometry, &pool, &copies);
-                check_swap(&backend, (&geometry, &pool), (&host, &swapped), &swaps);
+        for device in devices() {
+            device.in_pools(|threads| {
+                let result = on_device!(&device, |backend| check_gather(backend, &case));
+                assert_eq!(result, Ok(()), "{layout:?} on {} with {threads} threads", device);
+                on_device!(&device, |backend| check_copy(backend, &geometry, &pool, &copies));
+                on_device!(&device, |backend| check_swap(backend, (&geometry, &pool), (&host, &swapped), &swaps));
             });
         }
     }

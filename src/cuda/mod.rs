@@ -203,6 +203,11 @@ impl CudaBackend {
         CudaBackend { attention_kernel: kernel, ..self.clone() }
     }
 
+    /// The attention kernel in use.
+    pub fn attention_kernel(&self) -> AttentionKernel {
+        self.attention_kernel
+    }
+
     /// The stream.
     pub fn stream(&self) -> &Arc<CudaStream> {
         &self.shared.stream

@@ -105,8 +105,8 @@ pub fn check_version() -> Result<()> {
     }
 }
 
-/// Quantizes keys and values and scatters them to their slots. If two tokens name one slot, either may
-/// win, K and V alike.
+/// Quantizes keys and values and scatters them to their slots. If tokens name one slot, any of them may
+/// win, of each row another.
 ///
 /// # Errors
 /// [`CacheWrite::validate`]; [`Error::NoKernel`], [`Error::Device`], [`Error::NotCompiled`].

@@ -1,14 +1,15 @@
 //! Storage formats by table: `decode` is torch's, `encode` searches it for the nearest value.
 
-use std::path::Path;
 use std::sync::LazyLock;
 
 use quantkv::{DType, KvFormat};
 use safetensors::SafeTensors;
 
+use super::fixtures::fixture_path;
+
 /// The fixture `fp8_tables.safetensors`, made by torch and ml_dtypes.
 static FIXTURE: LazyLock<Vec<u8>> = LazyLock::new(|| {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/fp8_golden/fp8_tables.safetensors");
+    let path = fixture_path("fp8_golden/fp8_tables.safetensors");
     std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 });
 

@@ -18,6 +18,8 @@
 #![allow(dead_code)]
 
 pub mod attention;
+#[path = "../fixtures.rs"]
+pub mod fixtures;
 pub mod formats;
 pub mod geometry;
 pub mod rows;

@@ -4,6 +4,8 @@
 //! f32 values that the case's dtype holds exactly. Division and products by scales are single f32
 //! operations because the numerics contract makes them so.
 
+use std::collections::HashSet;
+
 use quantkv::args::{BlockPair, RowStrides};
 use quantkv::layout::Half;
 use quantkv::scale::Granularity;
@@ -39,6 +41,15 @@ pub struct CacheWriteCase {
     pub slot_mapping: Vec<i64>,
     pub k_scale: Scales,
     pub v_scale: Scales,
+}
+
+impl CacheWriteCase {
+    /// The same without the later ones of tokens that name one slot: of those a GPU may keep any.
+    pub fn without_repeated_slots(&self) -> Self {
+        let mut seen = HashSet::new();
+        let slot_mapping = self.slot_mapping.iter().map(|&slot| if seen.insert(slot) { slot } else { -1 }).collect();
+        CacheWriteCase { slot_mapping, ..self.clone() }
+    }
 }
 
 /// The cache afterwards, gaps and tail included, and the faults.

@@ -8,24 +8,12 @@ use quantkv::format::Pod;
 use quantkv::layout::Half;
 use quantkv::memory::Host;
 use quantkv::scale::{Granularity, ScaleRef, ScaleStrides};
-use quantkv::{Backend, CpuBackend, Element, Faults, Isa, Result};
+use quantkv::{Backend, Element, Faults, Result};
 
 use super::attention::{AttentionCase, MergeCase};
 use super::geometry::{Geometry, Layer, Scales};
 use super::rows::{CacheWriteCase, ConvertCase, GatherCase, Rows};
 use crate::with_element;
-
-/// Every CPU backend this machine can run: the specification first.
-pub fn cpu_backends() -> Vec<CpuBackend> {
-    Isa::ALL.into_iter().filter_map(CpuBackend::with_isa).collect()
-}
-
-/// Runs `body` in thread pools of 1, 3 and 8 threads: results may not depend on it.
-pub fn in_pools(body: impl Fn(usize) + Send + Sync) {
-    for threads in [1, 3, 8] {
-        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(|| body(threads));
-    }
-}
 
 pub fn upload<B: Backend, T: Pod>(backend: &B, data: &[T]) -> B::Buffer<T> {
     let mut buffer = backend.zeros("test data", data.len()).unwrap();
