@@ -2,7 +2,10 @@
 //! shared blocks or without, preempted or not, every request gives the same tokens. The golden
 //! tokens of transformers are the truth for greedy runs; the unpressed engine is it for seeded ones.
 
-use std::path::{Path, PathBuf};
+#[path = "../testing/fixtures.rs"]
+mod fixtures;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use quantkv::decoder::engine::{Engine, EngineConfig, FinishReason, Output, Request, Stats};
@@ -15,7 +18,7 @@ use quantkv::{CpuBackend, KvFormat};
 use serde_json::Value;
 
 fn micro() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/micro/llmcompressor-tiny-f32")
+    fixtures::fixture_path("micro/llmcompressor-tiny-f32")
 }
 
 fn model() -> Model<CpuBackend> {

@@ -5,6 +5,9 @@
 //! * every f32, against the definition of "nearest, ties to even" on sorted decoded values;
 //! * the `float8` crate, where it is right.
 
+#[path = "../testing/fixtures.rs"]
+mod fixtures;
+
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use half::{bf16, f16};
@@ -31,8 +34,7 @@ struct Golden(Vec<u8>);
 
 impl Golden {
     fn read() -> Self {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/fp8_golden/fp8_tables.safetensors");
-        Golden(std::fs::read(path).unwrap())
+        Golden(std::fs::read(fixtures::fixture_path("fp8_golden/fp8_tables.safetensors")).unwrap())
     }
 
     fn bytes(&self, name: &str) -> Vec<u8> {

@@ -1,7 +1,8 @@
 //! Sampling against a numpy re-implementation of vLLM's documented order: which tokens stay, with
 //! which probabilities; then that draws follow those probabilities and repeat with their seed.
 
-use std::path::Path;
+#[path = "../testing/fixtures.rs"]
+mod fixtures;
 
 use quantkv::decoder::sampling::{Sampler, SamplingParams, distribution};
 use serde_json::Value;
@@ -15,7 +16,7 @@ struct Golden {
 }
 
 fn golden() -> Golden {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/sampling/sampling_golden.json");
+    let path = fixtures::fixture_path("sampling/sampling_golden.json");
     let json: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
     let floats = |v: &Value| v.as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect();
     Golden {

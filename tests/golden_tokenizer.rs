@@ -1,14 +1,17 @@
 //! The tokenizer and the chat template against transformers: encoding, decoding, chat renderings,
 //! streaming, and the truncation a calibrated checkpoint carries in its tokenizer.json.
 
-use std::path::{Path, PathBuf};
+#[path = "../testing/fixtures.rs"]
+mod fixtures;
+
+use std::path::PathBuf;
 
 use quantkv::decoder::chat::{ChatTemplate, Message};
 use quantkv::decoder::tokenizer::{Detokenizer, Tokenizer};
 use serde_json::Value;
 
 fn fixture(path: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(path)
+    fixtures::fixture_path(path)
 }
 
 fn golden() -> Value {

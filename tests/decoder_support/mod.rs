@@ -1,6 +1,9 @@
 //! What the decoder's golden tests share: fixtures, golden tensors, and greedy decoding by hand.
 #![allow(dead_code)]
 
+#[path = "../../testing/fixtures.rs"]
+pub mod fixtures;
+
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,7 +14,7 @@ use quantkv::{CacheSpec, CpuBackend, PagedKvCache};
 use safetensors::SafeTensors;
 
 pub fn fixture(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures").join(name)
+    fixtures::fixture_path(name)
 }
 
 /// f32 and i32 tensors of a golden file, as f32 (ids are small integers).
