@@ -75,6 +75,13 @@ impl Job<'_> {
         }
         let _ = fs::remove_file(&self.object);
         let source = self.source.display();
+        // An assembler that dislikes an instruction says so for each of its uses.
+        const SHOWN: usize = 40;
+        let lines = said.lines().count();
+        let mut said = said.lines().take(SHOWN).fold(String::new(), |text, line| text + line + "\n");
+        if lines > SHOWN {
+            said += &format!("... and {} lines more\n", lines - SHOWN);
+        }
         Err(format!("{source} does not compile ({}):\n{said}by {}", output.status, self.command_line()))
     }
 }

@@ -34,7 +34,6 @@ pub fn build() -> Result<(), String> {
     let mut flags: Vec<OsString> = [
         "-std=c++17",
         "-O3",
-        "-lineinfo",
         "-Xptxas=-warn-spills",
         // Nothing that would need the C++ library, nothing exported but QUANTKV_API.
         "-Xcompiler=-fno-exceptions,-fno-rtti,-fno-threadsafe-statics,-fvisibility=hidden,-fPIC",
@@ -43,6 +42,14 @@ pub fn build() -> Result<(), String> {
     .map(OsString::from)
     .to_vec();
     flags.extend(archs.iter().map(|arch| arch.flag().into()));
+    // Lines for profilers, as the profile wants them for Rust: three times the size.
+    if from_cargo("DEBUG") != "false" {
+        flags.push("-lineinfo".into());
+    }
+    // A sixth of the size. Drivers that run what nvcc 13 makes can unpack it.
+    if toolkit.version >= (13, 0) {
+        flags.push("-compress-mode=size".into());
+    }
     if archs::newer_devices_run_older_code(&archs) {
         flags.push("-DQUANTKV_NO_OVERLAP".into());
     }

@@ -11,6 +11,8 @@ pub const OLDEST: (u32, u32) = (12, 4);
 
 pub struct Toolkit {
     pub nvcc: PathBuf,
+    /// Its release: (major, minor).
+    pub version: (u32, u32),
     /// What it says of its release and build.
     pub release: String,
     /// Holds libcudart_static.a.
@@ -53,7 +55,7 @@ pub fn find() -> Result<Toolkit, String> {
     }
     let archs = parse_archs(&ask(&nvcc, "--list-gpu-arch")?);
     let libraries = libraries(&nvcc)?;
-    Ok(Toolkit { nvcc, release: text, libraries, archs })
+    Ok(Toolkit { nvcc, version, release: text, libraries, archs })
 }
 
 fn locate(looked: &mut Vec<String>) -> Result<Option<PathBuf>, String> {

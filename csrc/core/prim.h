@@ -72,9 +72,13 @@ QKV_DEVICE bf16 to_bf16(float x) {
 
 // Two f32 to a word of two f16 or bf16, `low` in the lower half.
 QKV_DEVICE uint32_t pack_f16(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  return to_f16(low).bits | static_cast<uint32_t>(to_f16(high).bits) << 16;
+#else
   uint32_t word;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
   return word;
+#endif
 }
 QKV_DEVICE uint32_t pack_bf16(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
