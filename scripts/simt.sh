@@ -57,6 +57,7 @@ driver=$target/driver/libcuda.so.1
 if is_stale "$driver" testing/mock_cuda/*.cpp testing/mock_cuda/driver.h testing/simt/device_model.h scripts/simt.sh; then
     "$cxx" "${flags[@]}" -DQUANTKV_SIMT_ARCH="$arch" -fvisibility=hidden -shared -Wl,-soname,libcuda.so.1 \
         testing/mock_cuda/*.cpp -o "$driver"
+    ln -sf libcuda.so.1 "$target/driver/libcuda.so" # the name that cudarc tries first
 fi
 
 export QUANTKV_SIMT_ORDER=$order QUANTKV_MOCK_STREAMS=$streams
