@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::compile::{self, Compiler};
-use crate::environment::{jobs, object_folder, variable};
+use crate::environment::{from_cargo, jobs, object_folder, variable};
 
 pub fn build(sanitize: bool) -> Result<(), String> {
     let twin = Path::new("testing/simt");
@@ -26,9 +26,9 @@ pub fn build(sanitize: bool) -> Result<(), String> {
 
     let mut flags = vec!["-std=c++20", "-O2", "-g", "-fPIC", "-fno-strict-aliasing", "-fno-omit-frame-pointer"];
     flags.extend(["-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-DQUANTKV_SIMT", "-Itesting", "-Icsrc"]);
-    if sanitize {
-        flags.extend(["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]);
-    }
+    let sanitizers: &[&str] =
+        if sanitize { &["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] } else { &[] };
+    flags.extend(sanitizers);
     let mut flags: Vec<OsString> = flags.into_iter().chain(["-x", "c++"]).map(OsString::from).collect();
     if let Some(arch) = variable("QUANTKV_SIMT_ARCH") {
         flags.push(format!("-DQUANTKV_SIMT_ARCH={arch}").into());
@@ -41,23 +41,17 @@ pub fn build(sanitize: bool) -> Result<(), String> {
     if objects.is_empty() {
         return Ok(());
     }
-    compile::archive("quantkv_cuda", &objects)?;
-
-    println!("cargo::rustc-link-lib=stdc++");
-    if sanitize {
-        for library in ["asan", "ubsan"] {
-            let question = format!("-print-file-name=lib{library}.so");
-            let answer = Command::new(compiler.path())
-                .arg(&question)
-                .output()
-                .map_err(|error| format!("{} cannot be run: {error}", compiler.path().display()))?;
-            let file = PathBuf::from(String::from_utf8_lossy(&answer.stdout).trim());
-            let Some(folder) = file.parent().filter(|_| file.is_absolute()) else {
-                return Err(format!("{} has no lib{library}.so", compiler.path().display()));
-            };
-            println!("cargo::rustc-link-search=native={}", folder.display());
-            println!("cargo::rustc-link-lib={library}");
-        }
+    // A shared library, so that a kernel can be changed without building the Rust tests again
+    // (scripts/check_mutations.py). Cargo adds its folder to the path of what it runs.
+    let folder = PathBuf::from(from_cargo("OUT_DIR"));
+    let mut linker = Command::new(compiler.path());
+    linker.arg("-shared").args(sanitizers).args(&objects).arg("-ldl").arg("-o").arg(folder.join("libquantkv_cuda.so"));
+    let output = linker.output().map_err(|error| format!("{} cannot be run: {error}", compiler.path().display()))?;
+    if !output.status.success() {
+        let said = String::from_utf8_lossy(&output.stderr);
+        return Err(format!("libquantkv_cuda.so cannot be linked ({}):\n{said}", output.status));
     }
+    println!("cargo::rustc-link-search=native={}", folder.display());
+    println!("cargo::rustc-link-lib=dylib=quantkv_cuda");
     Ok(())
 }
