@@ -45,7 +45,10 @@ impl Allocation {
             }
         };
         let address = address.map_err(|DriverError(code)| match code {
-            CUresult::CUDA_ERROR_OUT_OF_MEMORY => Error::OutOfMemory { what, bytes },
+            // A size that no device could have is an invalid value to some drivers.
+            CUresult::CUDA_ERROR_OUT_OF_MEMORY | CUresult::CUDA_ERROR_INVALID_VALUE => {
+                Error::OutOfMemory { what, bytes }
+            }
             _ => error("cuMemAlloc")(DriverError(code)),
         })?;
         let allocation = Allocation { address, bytes, stream: stream.clone() };

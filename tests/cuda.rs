@@ -1,0 +1,648 @@
+//! What only the CUDA backend has: missing devices, streams, page-locked memory, lent buffers, graphs. Its
+//! operations are tested with everybody else's in `parity_*.rs` and `hostile_data.rs`.
+#![cfg(feature = "cuda")]
+
+#[path = "../testing/devices.rs"]
+mod devices;
+#[path = "../testing/oracle/mod.rs"]
+mod oracle;
+
+use std::sync::Arc;
+
+use cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamCaptureMode};
+use devices::Device;
+use oracle::geometry::Geometry;
+use oracle::run::{download, upload};
+use oracle::strategy::{self, Rng};
+use quantkv::args::{
+    AttentionParams, BlockPair, CacheWrite, CopyBlocks, LayerMut, LayerRef, PagedAttention, Quantize, RowStrides,
+    UpdateScales,
+};
+use quantkv::cuda::{AttentionKernel, CudaBackend, CudaBuffer, CudaView, CudaViewMut, devices as cuda_devices};
+use quantkv::layout::Half;
+use quantkv::raw::cuda::{self as raw, BlockMemory, CopyPlan, Launch};
+use quantkv::raw::{Pointers, PtrMut, PtrRef};
+use quantkv::scale::{LayerScales, ScaleRef, ScaleStrides};
+use quantkv::{Backend, CacheLayout, CacheShape, CacheSpec, Error, Faults, HostPool, KvFormat, PagedKvCache};
+
+/// The device under test, if there is one.
+fn cuda() -> Option<Arc<CudaBackend>> {
+    match devices::cuda()? {
+        Device::Cuda(cuda) => Some(cuda),
+        Device::Cpu(_) => None,
+    }
+}
+
+macro_rules! cuda_or_skip {
+    () => {
+        match cuda() {
+            Some(cuda) => cuda,
+            None => return,
+        }
+    };
+}
+
+#[test]
+fn handles_are_send_and_sync() {
+    fn check<T: Send + Sync + 'static>() {}
+    check::<CudaBackend>();
+    check::<CudaBuffer<f32>>();
+    check::<CudaView<'static, f32>>();
+    check::<CudaViewMut<'static, f32>>();
+}
+
+/// Runs everywhere: with a device it works, without one the error says so. Never a panic.
+#[test]
+fn a_missing_device_is_a_typed_error() {
+    match CudaBackend::new(0) {
+        Ok(cuda) => {
+            let all = cuda_devices().unwrap();
+            assert_eq!(cuda.device().unwrap(), all[0]);
+            assert!(all[0].total_memory_bytes > 0 && all[0].compute_capability >= (7, 5), "{:?}", all[0]);
+            let error = CudaBackend::new(all.len()).unwrap_err();
+            assert!(matches!(error, Error::NoDevice { backend: "cuda", .. }), "{error:?}");
+        }
+        Err(error) => {
+            println!("{error}");
+            assert!(matches!(error, Error::NoDevice { .. } | Error::NotCompiled { .. }), "{error:?}");
+            assert!(error.to_string().contains("cuda") || error.to_string().contains("CUDA"), "{error}");
+        }
+    }
+    CudaBackend::new(usize::MAX).unwrap_err();
+}
+
+#[test]
+fn buffers_of_another_stream_are_refused() {
+    let cuda = cuda_or_skip!();
+    let other = CudaBackend::new(0).unwrap();
+    let mut theirs = other.zeros::<f32>("theirs", 4).unwrap();
+    let refused = |result: quantkv::Result<()>| {
+        let error = result.unwrap_err();
+        assert!(matches!(error, Error::OtherStream { .. }), "{error:?}");
+    };
+    refused(cuda.upload(&[1.0], &mut theirs));
+    refused(cuda.download(&theirs, &mut [0.0]));
+    let mut ours = cuda.zeros::<f32>("ours", 4).unwrap();
+    fn update<'a>(absmax: &'a CudaBuffer<f32>, scales: &'a mut CudaBuffer<f32>) -> UpdateScales<'a, CudaBackend> {
+        UpdateScales { absmax: absmax.view(), divisor: 2.0, scales: scales.view_mut() }
+    }
+    refused(cuda.update_scales(update(&theirs, &mut ours)));
+    refused(cuda.update_scales(update(&ours, &mut theirs)));
+    // A clone is the same stream; so is a second handle to it.
+    cuda.as_ref().clone().update_scales(update(&upload(&*cuda, &[3.0f32; 4]), &mut ours)).unwrap();
+    let wrapped = CudaBackend::wrap(cuda.stream().clone()).unwrap();
+    assert_eq!(download(&wrapped, &ours, 4), [1.5; 4]);
+    let lent = other.stream().alloc_zeros::<f32>(4).unwrap();
+    assert!(matches!(cuda.lend(lent.as_view()).err(), Some(Error::OtherStream { .. })));
+}
+
+#[test]
+fn views_are_cut_inside_their_buffer() {
+    let cuda = cuda_or_skip!();
+    let mut buffer = upload(&*cuda, &[1i32, 2, 3, 4, 5]);
+    let all = buffer.view();
+    for range in [0..0, 5..5, 0..5, 2..4] {
+        let part = all.slice(range.clone()).unwrap();
+        assert_eq!((part.len(), part.device_ptr()), (range.len(), all.device_ptr() + 4 * range.start as u64));
+    }
+    #[expect(clippy::reversed_empty_ranges, reason = "that they are refused is the test")]
+    for range in [0..6, 6..6, 4..3, usize::MAX..usize::MAX, 0..usize::MAX] {
+        assert!(matches!(all.slice(range).unwrap_err(), Error::BufferTooSmall { .. }));
+    }
+    assert!(all.slice(..=4).is_ok() && all.slice(..=5).is_err() && all.slice(6..).is_err());
+    assert!(buffer.view_mut().split_at_mut(6).is_err());
+    let (head, tail) = buffer.view_mut().split_at_mut(2).unwrap();
+    assert_eq!((head.len(), tail.len(), tail.device_ptr() - head.device_ptr()), (2, 3, 8));
+}
+
+/// One layer of 2 heads of 64 channels, E4M3, and what a decode step of `seqs` sequences needs.
+struct Step {
+    shape: CacheShape,
+    k: CudaBuffer<u8>,
+    v: CudaBuffer<u8>,
+    scale: CudaBuffer<f32>,
+    rows: CudaBuffer<f32>,
+    slots: CudaBuffer<i64>,
+    query: CudaBuffer<f32>,
+    starts: CudaBuffer<i32>,
+    lens: CudaBuffer<i32>,
+    tables: CudaBuffer<i32>,
+    output: CudaBuffer<f32>,
+    workspace: CudaBuffer<f32>,
+}
+
+const SEQS: usize = 3;
+const BLOCKS: usize = 12;
+const TABLE: usize = 4;
+const HEADS: usize = 4;
+const KV_HEADS: usize = 2;
+const DIM: usize = 64;
+
+impl Step {
+    fn new(cuda: &CudaBackend) -> Self {
+        let spec = CacheSpec::new(KV_HEADS, DIM, 16, KvFormat::Fp8E4M3).unwrap();
+        let shape = spec.shape(BLOCKS).unwrap();
+        let mut rng = Rng::new(40);
+        // Any codes but NaN.
+        let mut codes = |half| -> Vec<u8> { (0..shape.buffer_bytes(half)).map(|_| rng.bits() as u8 & 0xbf).collect() };
+        let (k, v) = (upload(cuda, &codes(Half::K)), upload(cuda, &codes(Half::V)));
+        let floats = cuda.attention_workspace_len(&shape, HEADS, SEQS);
+        Step {
+            shape,
+            k,
+            v,
+            scale: upload(cuda, &[0.05]),
+            rows: upload(cuda, &vec![0.0; SEQS * KV_HEADS * DIM]),
+            slots: upload(cuda, &[0; SEQS]),
+            query: upload(cuda, &vec![0.0; SEQS * HEADS * DIM]),
+            starts: upload(cuda, &[0, 1, 2, 3]),
+            lens: upload(cuda, &[0; SEQS]),
+            tables: upload(cuda, &[0; SEQS * TABLE]),
+            output: upload(cuda, &vec![-1.0; SEQS * HEADS * DIM]),
+            workspace: upload(cuda, &vec![f32::NAN; floats]),
+        }
+    }
+
+    /// What changes from step to step.
+    fn load(&mut self, cuda: &CudaBackend, seed: u64) {
+        let mut rng = Rng::new(seed);
+        let mut floats = |len| -> Vec<f32> { (0..len).map(|_| rng.normal()).collect() };
+        cuda.upload(&floats(SEQS * KV_HEADS * DIM), &mut self.rows).unwrap();
+        cuda.upload(&floats(SEQS * HEADS * DIM), &mut self.query).unwrap();
+        cuda.upload(&[0.01 + 0.02 * seed as f32], &mut self.scale).unwrap();
+        let lens: Vec<i32> = (0..SEQS).map(|_| 1 + rng.below(TABLE * 16) as i32).collect();
+        // Sequences share no block that is written: sequence s has blocks of s modulo SEQS.
+        let tables: Vec<i32> =
+            (0..SEQS * TABLE).map(|at| (at / TABLE + SEQS * rng.below(BLOCKS / SEQS)) as i32).collect();
+        let slots: Vec<i64> = (0..SEQS)
+            .map(|s| {
+                let last = lens[s] as usize - 1;
+                i64::from(tables[s * TABLE + last / 16]) * 16 + (last % 16) as i64
+            })
+            .collect();
+        cuda.upload(&lens, &mut self.lens).unwrap();
+        cuda.upload(&tables, &mut self.tables).unwrap();
+        cuda.upload(&slots, &mut self.slots).unwrap();
+    }
+
+    fn write(&mut self, cuda: &CudaBackend) -> quantkv::Result<()> {
+        let rows = RowStrides::contiguous(KV_HEADS, DIM);
+        let scale = || ScaleRef { values: self.scale.view(), strides: ScaleStrides::default() };
+        cuda.cache_write::<f32>(CacheWrite {
+            shape: self.shape,
+            cache: LayerMut { k: self.k.view_mut(), v: self.v.view_mut(), k_dynamic: None, v_dynamic: None },
+            key: self.rows.view(),
+            key_strides: rows,
+            value: self.rows.view(),
+            value_strides: rows,
+            slot_mapping: self.slots.view(),
+            k_scale: scale(),
+            v_scale: scale(),
+        })
+    }
+
+    fn attend(&mut self, cuda: &CudaBackend, plan_is_ready: bool) -> quantkv::Result<()> {
+        let workspace = self.workspace.len();
+        self.attend_in(cuda, plan_is_ready, 0..workspace)
+    }
+
+    fn attend_in(&mut self, cuda: &CudaBackend, ready: bool, part: std::ops::Range<usize>) -> quantkv::Result<()> {
+        let rows = RowStrides::contiguous(HEADS, DIM);
+        let scale = || ScaleRef { values: self.scale.view(), strides: ScaleStrides::default() };
+        cuda.paged_attention::<f32>(PagedAttention {
+            shape: self.shape,
+            cache: LayerRef { k: self.k.view(), v: self.v.view(), k_dynamic: None, v_dynamic: None },
+            k_scale: scale(),
+            v_scale: scale(),
+            params: AttentionParams::new(0.125),
+            num_heads: HEADS,
+            num_tokens: SEQS,
+            query: self.query.view(),
+            query_strides: rows,
+            query_starts: self.starts.view(),
+            seq_lens: self.lens.view(),
+            block_tables: self.tables.view(),
+            block_table_stride: TABLE,
+            alibi_slopes: None,
+            sinks: None,
+            output: self.output.view_mut(),
+            output_strides: rows,
+            lse: None,
+            workspace: self.workspace.view_mut().slice_mut(part)?,
+            plan_is_ready: ready,
+        })
+    }
+
+    /// The layer's blocks as the raw storey has them.
+    fn pointers(&mut self) -> LayerMut<'static, Pointers> {
+        let bytes = |buffer: &CudaBuffer<u8>| PtrMut::new(buffer.device_ptr() as *mut u8, buffer.len());
+        LayerMut { k: bytes(&self.k), v: bytes(&self.v), k_dynamic: None, v_dynamic: None }
+    }
+
+    /// Cache and output, by their bits.
+    fn state(&self, cuda: &CudaBackend) -> (Vec<u8>, Vec<u8>, Vec<u32>) {
+        let output = download(cuda, &self.output, self.output.len());
+        let (k, v) = (download(cuda, &self.k, self.k.len()), download(cuda, &self.v, self.v.len()));
+        (k, v, output.into_iter().map(f32::to_bits).collect())
+    }
+}
+
+/// A decode step with a copy-on-write before it, recorded once and replayed with other tables, slots,
+/// lengths, scales and pairs, gives the bits of the same calls made one by one.
+#[test]
+fn a_graph_replays_with_what_its_buffers_hold() {
+    let cuda = cuda_or_skip!();
+    let (mut eager, mut captured) = (Step::new(&cuda), Step::new(&cuda));
+    let memories = raw::block_memories(&eager.shape, &[captured.pointers()]).unwrap();
+    // The list as bytes: `BlockMemory` is three 64-bit numbers.
+    let words: Vec<i64> = memories
+        .iter()
+        .flat_map(|memory| [memory.base as i64, memory.block_stride_bytes, memory.block_bytes])
+        .collect();
+    let words = upload(&*cuda, &words);
+    let mut pairs = upload(&*cuda, &[-1i64, -1]);
+    let mut faults = upload(&*cuda, &[0i32]);
+    let plan = CopyPlan {
+        memories: PtrRef::new(words.device_ptr() as *const BlockMemory, memories.len()),
+        pairs: PtrRef::new(pairs.device_ptr() as *const i64, 2),
+        num_blocks: BLOCKS,
+        max_block_bytes: memories.iter().map(|memory| memory.block_bytes as usize).max().unwrap(),
+    };
+    let launch =
+        Launch { stream: cuda.stream().cu_stream().cast(), faults: faults.view_mut().device_ptr() as *mut u32 };
+    let stream = cuda.stream();
+    stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).unwrap();
+    // SAFETY: the lists and what they describe live until the end of this test, which uses nothing else of them.
+    unsafe { raw::copy_blocks(plan, launch) }.unwrap();
+    captured.write(&cuda).unwrap();
+    captured.attend(&cuda, false).unwrap();
+    // What touches host memory is refused, and the capture goes on.
+    let refused = |result: quantkv::Result<()>| {
+        let error = result.unwrap_err();
+        assert!(matches!(error, Error::InCapture { .. }), "{error:?}");
+    };
+    refused(cuda.upload(&[0], &mut eager.lens));
+    refused(cuda.download(&eager.lens, &mut [0]));
+    refused(cuda.faults().map(|_| ()));
+    let layer = LayerMut { k: eager.k.view_mut(), v: eager.v.view_mut(), k_dynamic: None, v_dynamic: None };
+    refused(cuda.copy_blocks(CopyBlocks { shape: eager.shape, layers: &mut [layer], pairs: &[BlockPair::new(0, 1)] }));
+    let graph = stream.end_capture(CUgraphInstantiate_flags(0)).unwrap().expect("a graph");
+    assert_eq!(captured.state(&cuda), eager.state(&cuda), "recording runs nothing");
+    for seed in 1..6 {
+        let (src, dst) = (seed as u32, (seed as u32 + 5) % BLOCKS as u32);
+        eager.load(&cuda, seed);
+        captured.load(&cuda, seed);
+        cuda.upload(&[i64::from(src), i64::from(dst)], &mut pairs).unwrap();
+        graph.launch().unwrap();
+        let layer = LayerMut { k: eager.k.view_mut(), v: eager.v.view_mut(), k_dynamic: None, v_dynamic: None };
+        let pairs = &[BlockPair::new(src, dst)];
+        cuda.copy_blocks(CopyBlocks { shape: eager.shape, layers: &mut [layer], pairs }).unwrap();
+        eager.write(&cuda).unwrap();
+        eager.attend(&cuda, false).unwrap();
+        let (got, want) = (captured.state(&cuda), eager.state(&cuda));
+        assert!(want.2.iter().all(|&bits| f32::from_bits(bits).is_finite() && bits != (-1f32).to_bits()));
+        assert!(got == want, "replay {seed} differs from the calls one by one");
+        assert_eq!((cuda.faults().unwrap(), download(&*cuda, &faults, 1)[0]), (Faults::NONE, 0));
+    }
+    // Bad data in a replay sets the fault and harms nothing.
+    let before = captured.state(&cuda);
+    cuda.upload(&[i64::MAX; SEQS], &mut captured.slots).unwrap();
+    cuda.upload(&[i32::MAX; SEQS * TABLE], &mut captured.tables).unwrap();
+    cuda.upload(&[i64::MIN, 3], &mut pairs).unwrap();
+    graph.launch().unwrap();
+    let after = captured.state(&cuda);
+    assert!((&before.0, &before.1) == (&after.0, &after.1), "the cache has changed");
+    assert_eq!(cuda.faults().unwrap(), Faults::SLOT_OUT_OF_RANGE | Faults::BLOCK_OUT_OF_RANGE);
+    assert_eq!(download(&*cuda, &faults, 1)[0], Faults::BLOCK_OUT_OF_RANGE.bits() as i32);
+    assert!(after.2.iter().all(|&bits| bits == 0), "no key is left: zeros");
+}
+
+/// Layers of a step share a plan; a wrong one may give wrong numbers, never a wrong access (which is
+/// for compute-sanitizer and AddressSanitizer to see) or a hang.
+#[test]
+fn plans_are_shared_and_not_trusted() {
+    let cuda = cuda_or_skip!();
+    let kernels = [AttentionKernel::Auto, AttentionKernel::Portable].map(|kernel| cuda.with_attention_kernel(kernel));
+    for cuda in &kernels {
+        let mut step = Step::new(cuda);
+        step.load(cuda, 3);
+        step.write(cuda).unwrap();
+        step.attend(cuda, false).unwrap();
+        let first = step.state(cuda);
+        cuda.upload(&vec![-1.0; SEQS * HEADS * DIM], &mut step.output).unwrap();
+        step.attend(cuda, true).unwrap();
+        assert!(step.state(cuda) == first, "{:?}", cuda.attention_kernel());
+        let mut rng = Rng::new(77);
+        for round in 0..if devices::emulated() { 20 } else { 200 } {
+            // Small numbers look more like a plan than any bits do.
+            let words: Vec<f32> = (0..step.workspace.len())
+                .map(|_| f32::from_bits(if round % 2 == 0 { rng.bits() as u32 } else { rng.below(9) as u32 }))
+                .collect();
+            cuda.upload(&words, &mut step.workspace).unwrap();
+            step.attend(cuda, true).unwrap();
+            let (k, v, _) = step.state(cuda);
+            assert!((&k, &v) == (&first.0, &first.1), "the cache has changed");
+        }
+        // And the step after it is right.
+        step.attend(cuda, false).unwrap();
+        assert!(step.state(cuda) == first, "{:?}", cuda.attention_kernel());
+    }
+}
+
+#[test]
+fn workspaces_are_checked() {
+    let cuda = cuda_or_skip!();
+    let mut step = Step::new(&cuda);
+    step.load(&cuda, 1);
+    let floats = step.workspace.len();
+    step.attend_in(&cuda, false, 0..floats).unwrap();
+    // What this batch of f32 rows needs may be less than the most that any rows need.
+    let error = step.attend_in(&cuda, false, 0..0).unwrap_err();
+    let Error::BufferTooSmall { what: "attention workspace", needed, got: 0 } = error else { panic!("{error:?}") };
+    assert!(needed > 0 && needed <= floats, "{needed} of {floats}");
+    step.attend_in(&cuda, false, 0..needed).unwrap();
+    let error = step.attend_in(&cuda, false, 0..needed - 1).unwrap_err();
+    assert!(matches!(error, Error::BufferTooSmall { got, .. } if got == needed - 1), "{error:?}");
+    let error = step.attend_in(&cuda, false, 1..floats).unwrap_err();
+    assert!(matches!(error, Error::Misaligned { what: "the attention workspace", align: 256 }), "{error:?}");
+}
+
+/// Blocks of 16-bit elements that start at an odd byte.
+#[test]
+fn misaligned_bytes_are_refused() {
+    let cuda = cuda_or_skip!();
+    let mut codes = cuda.zeros::<u8>("codes", 33).unwrap();
+    let (input, one) = (upload(&*cuda, &[1.0f32; 16]), upload(&*cuda, &[1.0f32]));
+    let mut quantize = |start: usize| {
+        cuda.quantize(Quantize {
+            num_tokens: 1,
+            num_heads: 1,
+            head_dim: 16,
+            format: KvFormat::F16,
+            input: input.view(),
+            strides: RowStrides::contiguous(1, 16),
+            scale: ScaleRef { values: one.view(), strides: ScaleStrides::default() },
+            codes: codes.view_mut().slice_mut(start..start + 32)?,
+        })
+    };
+    quantize(0).unwrap();
+    let error = quantize(1).unwrap_err();
+    assert!(matches!(error, Error::Misaligned { align: 2, .. }), "{error:?}");
+}
+
+/// More sequences than query rows: those without a query need no workspace.
+#[test]
+fn sequences_without_queries_need_no_workspace() {
+    let cuda = cuda_or_skip!();
+    for cuda in [AttentionKernel::Auto, AttentionKernel::Portable].map(|kernel| cuda.with_attention_kernel(kernel)) {
+        let mut step = Step::new(&cuda);
+        step.load(&cuda, 2);
+        step.attend(&cuda, false).unwrap();
+        let expected = step.state(&cuda);
+        // 3 sequences with a query each, and 300 without between them.
+        let mut starts = vec![0, 1];
+        starts.extend([1; 300]);
+        starts.extend([2, 3]);
+        let spread = |values: &[i32], width: usize| -> Vec<i32> {
+            [&values[..width], &vec![0; 300 * width], &values[width..]].concat()
+        };
+        let (lens, tables) = (download(&cuda, &step.lens, SEQS), download(&cuda, &step.tables, SEQS * TABLE));
+        step.starts = upload(&cuda, &starts);
+        step.lens = upload(&cuda, &spread(&lens, 1));
+        step.tables = upload(&cuda, &spread(&tables, TABLE));
+        cuda.upload(&vec![-1.0; SEQS * HEADS * DIM], &mut step.output).unwrap();
+        step.attend(&cuda, false).unwrap();
+        assert!(step.state(&cuda) == expected, "{:?}", cuda.attention_kernel());
+    }
+}
+
+#[test]
+fn kernels_that_do_not_exist_say_so() {
+    let cuda = cuda_or_skip!();
+    let mut step = Step::new(&cuda);
+    step.load(&cuda, 2);
+    // f32 rows are never rounded to 16 bits.
+    let error = step.attend(&cuda.with_attention_kernel(AttentionKernel::TensorCore), false).unwrap_err();
+    assert!(matches!(error, Error::NoKernel { backend: "cuda", .. }), "{error:?}");
+    step.attend(&cuda, false).unwrap();
+}
+
+/// The source of an upload may change as soon as the call returns: also page-locked memory, which the
+/// driver reads when the stream gets there.
+#[test]
+fn uploads_are_done_with_their_source() {
+    let cuda = cuda_or_skip!();
+    let spec = CacheSpec::new(1, 64, 16, KvFormat::Fp8E4M3).unwrap();
+    let mut pool = HostPool::page_locked(&*cuda, spec, 1, 4).unwrap();
+    assert!(pool.is_page_locked());
+    let mut pageable = HostPool::new(spec, 1, 4).unwrap();
+    assert!(!pageable.is_page_locked());
+    for pool in [&mut pool, &mut pageable] {
+        let source = pool.layer_mut(0).unwrap().k;
+        source.fill(7);
+        let mut buffer = cuda.zeros::<u8>("copy", source.len()).unwrap();
+        cuda.upload(source, &mut buffer).unwrap();
+        source.fill(9);
+        assert!(download(&*cuda, &buffer, buffer.len()).iter().all(|&byte| byte == 7));
+        // And a download is done when it returns.
+        cuda.download(&buffer, source).unwrap();
+        assert!(source.iter().all(|&byte| byte == 7));
+    }
+    // Locked twice is an error, and the first lock holds.
+    let mut bytes = vec![0u8; 1 << 20];
+    // SAFETY: the locks are dropped before the memory.
+    let first = unsafe { cuda.page_lock(&mut bytes) }.unwrap();
+    // SAFETY: as above.
+    let error = unsafe { cuda.page_lock(&mut bytes) }.unwrap_err();
+    assert!(matches!(error, Error::Device { .. }), "{error:?}");
+    drop(first);
+    // SAFETY: as above.
+    drop(unsafe { cuda.page_lock(&mut bytes) }.unwrap());
+    // A pool of odd sizes locks nothing of its neighbours.
+    let odd = CacheSpec::new(1, 1, 8, KvFormat::Fp8E4M3).unwrap();
+    let pools: Vec<_> = (1..9).map(|blocks| HostPool::page_locked(&*cuda, odd, 1, blocks).unwrap()).collect();
+    assert!(pools.iter().all(HostPool::is_page_locked));
+}
+
+/// A swap sees all work enqueued before it, and work enqueued after it sees the swap, on whatever streams
+/// they run.
+#[test]
+fn swaps_are_in_order_with_the_stream() {
+    let cuda = cuda_or_skip!();
+    let spec = CacheSpec::new(1, 64, 16, KvFormat::F32).unwrap();
+    let mut cache = PagedKvCache::new(cuda.clone(), spec, 4, &[LayerScales::one()]).unwrap();
+    let mut host = cache.host_pool(4).unwrap();
+    let strides = RowStrides::contiguous(1, 64);
+    let write = |cache: &mut PagedKvCache<CudaBackend>, block: i64, value: f32| {
+        let rows = upload(&*cuda, &vec![value; 16 * 64]);
+        let slots: Vec<i64> = (0..16).map(|slot| block * 16 + slot).collect();
+        let slots = upload(&*cuda, &slots);
+        cache.write(0, rows.view(), strides, rows.view(), strides, slots.view()).unwrap();
+    };
+    for round in 0..10 {
+        let value = round as f32 + 1.0;
+        write(&mut cache, 0, value);
+        cache.swap_out(&mut host, &[BlockPair::new(0, round % 4)]).unwrap();
+        let layer = host.layer_ref(0).unwrap();
+        let block = &layer.v[round as usize % 4 * 16 * 64 * 4..][..16 * 64 * 4];
+        assert!(block.chunks_exact(4).all(|x| x == value.to_ne_bytes()), "round {round}");
+        // The block is written again before it is overwritten by the swap.
+        write(&mut cache, 1, -1.0);
+        cache.swap_in(&host, &[BlockPair::new(round % 4, 1)]).unwrap();
+        cache.copy_blocks(&[BlockPair::new(1, 2)]).unwrap();
+        cache.swap_out(&mut host, &[BlockPair::new(2, 3)]).unwrap();
+        let layer = host.layer_ref(0).unwrap();
+        assert!(layer.k[3 * 16 * 64 * 4..].chunks_exact(4).all(|x| x == value.to_ne_bytes()), "round {round}");
+    }
+}
+
+/// Buffers of an engine that uses cudarc, on its own context and stream.
+#[test]
+fn buffers_of_cudarc_are_lent() {
+    let _ = cuda_or_skip!();
+    let context = cudarc::driver::CudaContext::new(0).unwrap();
+    let stream = context.new_stream().unwrap();
+    let cuda = CudaBackend::wrap(stream.clone()).unwrap();
+    let input = stream.clone_htod(&[0.5f32, 1.0, 2.0, 448.0, -448.0, 1000.0, 0.0, -0.0]).unwrap();
+    let one = stream.clone_htod(&[1.0f32]).unwrap();
+    let mut codes = stream.alloc_zeros::<u8>(10).unwrap();
+    let (lent, scale, mut lent_codes) = (
+        cuda.lend(input.as_view()).unwrap(),
+        cuda.lend(one.as_view()).unwrap(),
+        cuda.lend_mut(codes.slice_mut(1..9)).unwrap(),
+    );
+    cuda.quantize(Quantize {
+        num_tokens: 1,
+        num_heads: 1,
+        head_dim: 8,
+        format: KvFormat::Fp8E4M3,
+        input: lent.view(),
+        strides: RowStrides::contiguous(1, 8),
+        scale: ScaleRef { values: scale.view(), strides: ScaleStrides::default() },
+        codes: lent_codes.view_mut(),
+    })
+    .unwrap();
+    drop((lent, scale, lent_codes));
+    // Another stream of the engine's: cudarc makes it wait for us.
+    let other = context.new_stream().unwrap();
+    let codes = other.clone_dtoh(&codes).unwrap();
+    other.synchronize().unwrap();
+    assert_eq!(codes, [0, 0x30, 0x38, 0x40, 0x7e, 0xfe, 0x7e, 0, 0x80, 0]);
+}
+
+/// The engine's own addresses, K and V of a block side by side in one allocation, no fault word.
+#[test]
+fn raw_addresses_and_interleaved_halves() {
+    let cuda = cuda_or_skip!();
+    for layout in CacheLayout::ALL {
+        let spec = CacheSpec::new(2, 16, 8, KvFormat::Fp8E4M3).unwrap().with_layout(layout).unwrap();
+        let block = spec.elements_per_block(Half::K).unwrap();
+        let shape = spec.shape(3).unwrap().with_block_strides(2 * block, 2 * block).unwrap();
+        let pool = upload(&*cuda, &vec![0xeeu8; 3 * 2 * block]);
+        let base = pool.device_ptr() as *mut u8;
+        let bytes = shape.buffer_bytes(Half::K);
+        let cache = || LayerMut::<Pointers> {
+            k: PtrMut::new(base, bytes),
+            v: PtrMut::new(base.wrapping_add(block), bytes),
+            k_dynamic: None,
+            v_dynamic: None,
+        };
+        let rows = upload(&*cuda, &[[1.0f32; 32], [2.0; 32]].concat());
+        let slots = upload(&*cuda, &[8 + 3i64, 3 * 8]);
+        let one = upload(&*cuda, &[1.0f32]);
+        let (rows, slots, one) = (
+            PtrRef::new(rows.device_ptr() as *const f32, 64),
+            PtrRef::new(slots.device_ptr() as *const i64, 2),
+            PtrRef::new(one.device_ptr() as *const f32, 1),
+        );
+        let scale = ScaleRef { values: one, strides: ScaleStrides::default() };
+        let strides = RowStrides::contiguous(2, 16);
+        let launch = Launch { stream: cuda.stream().cu_stream().cast(), faults: std::ptr::null_mut() };
+        cuda.context().bind_to_thread().unwrap();
+        // SAFETY: live device memory of the current context, used by nobody else; the second slot is out of range.
+        unsafe {
+            raw::cache_write(
+                CacheWrite {
+                    shape,
+                    cache: cache(),
+                    key: rows,
+                    key_strides: strides,
+                    value: rows,
+                    value_strides: strides,
+                    slot_mapping: slots,
+                    k_scale: scale,
+                    v_scale: scale,
+                },
+                launch,
+            )
+        }
+        .unwrap();
+        let got = download(&*cuda, &pool, pool.len());
+        let geometry = Geometry::plain(layout, (2, 16), (8, 1), KvFormat::Fp8E4M3);
+        let mut expected = vec![0xee; got.len()];
+        for (half, offset) in [(Half::K, 0), (Half::V, block)] {
+            for (head, d) in (0..2).flat_map(|head| (0..16).map(move |d| (head, d))) {
+                expected[2 * block + offset + geometry.element(half, 0, head, 3, d).start] = 0x38;
+            }
+        }
+        assert!(got == expected, "{layout:?}");
+        assert_eq!(cuda.faults().unwrap(), Faults::NONE, "no fault word was given");
+    }
+}
+
+/// Threads with clones of one handle: calls interleave, each buffer's are in order, faults are all seen.
+#[test]
+fn threads_share_a_handle() {
+    let cuda = cuda_or_skip!();
+    let rounds = if devices::emulated() { 5 } else { 100 };
+    let seen: u32 = std::thread::scope(|scope| {
+        let workers: Vec<_> = (0..4u64)
+            .map(|worker| {
+                let cuda = (*cuda).clone();
+                scope.spawn(move || {
+                    let mut step = Step::new(&cuda);
+                    let mut seen = 0;
+                    for round in 0..rounds {
+                        step.load(&cuda, worker * 100 + round);
+                        if round + 1 == rounds && worker == 0 {
+                            cuda.upload(&[i64::MAX; SEQS], &mut step.slots).unwrap();
+                        }
+                        step.write(&cuda).unwrap();
+                        step.attend(&cuda, false).unwrap();
+                        assert!(step.state(&cuda).2.iter().all(|&bits| f32::from_bits(bits).is_finite()));
+                        seen |= cuda.faults().unwrap().bits();
+                    }
+                    seen
+                })
+            })
+            .collect();
+        workers.into_iter().map(|worker| worker.join().unwrap()).fold(0, |all, seen| all | seen)
+    });
+    assert_eq!(Faults::from_bits(seen), Faults::SLOT_OUT_OF_RANGE);
+    assert!(cuda.faults().unwrap().is_empty());
+}
+
+/// A cache of random contents goes to the host and back through memory locked and not.
+#[test]
+fn pools_of_every_kind_hold_blocks() {
+    let cuda = cuda_or_skip!();
+    let geometry = Geometry { dynamic: true, ..Geometry::plain(CacheLayout::Nhd, (3, 40), (16, 9), KvFormat::Fp8E5M2) };
+    let layer = strategy::any_layer(&geometry, &mut Rng::new(6));
+    let spec = geometry.shape().spec;
+    let mut cache = PagedKvCache::new(cuda.clone(), spec, 9, &[LayerScales::one()]).unwrap();
+    let there: Vec<_> = (0..9).map(|block| BlockPair::new((block * 4) % 9, block)).collect();
+    let back: Vec<_> = there.iter().map(|pair| BlockPair::new(pair.dst, pair.src)).collect();
+    for page_locked in [true, false] {
+        let pool = || if page_locked { cache.host_pool(9) } else { HostPool::new(spec, 1, 9) };
+        let (mut first, mut second) = (pool().unwrap(), pool().unwrap());
+        let target = first.layer_mut(0).unwrap();
+        target.k.copy_from_slice(&layer.k);
+        target.v.copy_from_slice(&layer.v);
+        target.k_dynamic.unwrap().copy_from_slice(layer.k_dynamic.as_ref().unwrap());
+        target.v_dynamic.unwrap().copy_from_slice(layer.v_dynamic.as_ref().unwrap());
+        cache.swap_in(&first, &there).unwrap();
+        cache.swap_out(&mut second, &back).unwrap();
+        let (a, b) = (first.layer_ref(0).unwrap(), second.layer_ref(0).unwrap());
+        assert!(a.k == b.k && a.v == b.v && a.k_dynamic == b.k_dynamic && a.v_dynamic == b.v_dynamic);
+    }
+}
