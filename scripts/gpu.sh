@@ -7,7 +7,7 @@
 #   scripts/gpu.sh run               there: facts, conformance, tests, compute-sanitizer, the quick bench
 #   scripts/gpu.sh test | sanitize | bench [ARGS] | peers [ARGS] | profile [WORDS]
 #                                    there: one of these; ARGS go to the bench or to scripts/peers.py
-#   scripts/gpu.sh emulate           here: conformance over the emulator, no GPU and no nvcc
+#   scripts/gpu.sh emulate           here: conformance, and the bench's small shapes, over the emulator; no GPU, no nvcc
 #
 # There needs: a driver for CUDA 13; compute-sanitizer, ncu and PyTorch where a step uses them (else it is skipped). No
 # cargo, no network. Every step has a limit of its own and what is left of GPU_BUDGET seconds (570); the rest goes on
@@ -92,16 +92,22 @@ build() {
     [ $((bytes + tracked)) -lt $((60 << 20)) ] || echo "WARNING: together more than 60 MiB"
 }
 
+# Conformance over the emulator for devices old and new, then small shapes of the bench, if there is a driver to load.
 emulate() {
     cd "$root"
-    local out=${CARGO_TARGET_DIR:-target}/simt-conformance file
+    local out=${CARGO_TARGET_DIR:-target}/simt-conformance file arch
     mkdir -p "$out"
     local flags=(-std=c++20 -O2 -g -Wall -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=off -fPIC -DQUANTKV_SIMT)
-    for file in testing/conformance/*.cu csrc/bench/*.cu testing/simt/*.cpp; do
-        "${CXX:-c++}" "${flags[@]}" -Itesting -Icsrc -x c++ -c "$file" -o "$out/$(basename "$file").o"
+    for arch in 75 80 90; do
+        for file in testing/conformance/*.cu csrc/bench/*.cu testing/simt/*.cpp; do
+            "${CXX:-c++}" "${flags[@]}" -DQUANTKV_SIMT_ARCH="$arch" -Itesting -Icsrc -x c++ -c "$file" -o "$out/$(basename "$file").o"
+        done
+        "${CXX:-c++}" -o "$out/conformance-$arch" "$out"/{main,arithmetic,conversions,fp8,matrix,memory}.cu.o "$out"/*.cpp.o
+        "$out/conformance-$arch" "$@"
     done
-    "${CXX:-c++}" -o "$out/conformance" "$out"/{main,arithmetic,conversions,fp8,matrix,memory}.cu.o "$out"/*.cpp.o
-    "$out/conformance" "$@"
+    "${CXX:-c++}" -shared -Wl,-Bsymbolic -o "$out/libquantkv_bench.so" "$out"/ceilings.cu.o "$out"/*.cpp.o
+    QUANTKV_BENCH_LIBRARY=$(cd "$out" && pwd)/libquantkv_bench.so \
+        scripts/simt.sh -- cargo test --features cuda --bench cuda -- --verify-only
 }
 
 # ---- there -----------------------------------------------------------------------------------------------
