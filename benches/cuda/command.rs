@@ -7,7 +7,7 @@ use quantkv::raw::bindings as c;
 
 use crate::attention::{Case, Shape};
 use crate::device::{self, Device, Outcome};
-use crate::report::Report;
+use crate::report::{Report, Row};
 use crate::shapes::{self, Work};
 
 struct Options {
@@ -15,6 +15,7 @@ struct Options {
     verify_only: bool,
     kernel: c_int,
     replays: usize,
+    pool_bytes: usize,
     out: PathBuf,
     words: Vec<String>,
 }
@@ -26,6 +27,7 @@ fn options() -> Outcome<Options> {
         verify_only: false,
         kernel: c::QUANTKV_ATTENTION_AUTO,
         replays: 30,
+        pool_bytes: 200_000_000,
         out,
         words: vec![],
     };
@@ -38,6 +40,10 @@ fn options() -> Outcome<Options> {
             "--verify-only" | "--test" => options.verify_only = true,
             "--bench" => {} // from cargo
             "--replays" => options.replays = value()?.parse().map_err(|error| format!("--replays: {error}"))?,
+            "--pool-mb" => {
+                let megabytes: usize = value()?.parse().map_err(|error| format!("--pool-mb: {error}"))?;
+                options.pool_bytes = megabytes * 1_000_000;
+            }
             "--out" => options.out = value()?.into(),
             "--kernel" => {
                 options.kernel = match value()?.as_str() {
@@ -72,11 +78,11 @@ fn attention(
     operation: &'static str,
     shape: &Shape,
 ) -> Outcome<()> {
-    let shape = if options.verify_only { shape.shrunk() } else { shape.clone() };
-    let pool_bytes = if options.verify_only { 0 } else { 200_000_000 };
-    let case = Case::new(device, shape, options.kernel, pool_bytes)?;
+    let pool_bytes = if options.verify_only { 0 } else { options.pool_bytes };
+    let case = Case::new(device, shape.clone(), options.kernel, pool_bytes)?;
     let error = case.verify()?;
     if options.verify_only {
+        println!("{operation:<12} {:<58} ok, off by {error:.1e}", shape.name());
         return Ok(());
     }
     let mut timing = case.time(true)?;
@@ -109,48 +115,51 @@ fn run(options: &Options) -> Outcome<Report> {
     if !options.verify_only {
         let (plain, overlapped) = device.empty_kernels()?;
         println!("empty kernel in a graph: {:.2} us; with dependent launch {:.2} us", plain.median, overlapped.median);
-        let large = 1 << 30;
-        let data = device.random(large, c::QUANTKV_F32, 8)?;
-        let read = 4.0 * large as f64 / device.read_ceiling(&data, 4 * large)? / 1e6;
+        // 4 GB of reads and 2 GB of copies for pools of 200 MB.
+        let (read_bytes, copy_bytes) = (options.pool_bytes / 16 * 320, options.pool_bytes / 16 * 160);
+        let data = device.random(read_bytes / 4, c::QUANTKV_F32, 8)?;
+        let read = read_bytes as f64 / device.read_ceiling(&data, read_bytes)? / 1e6;
         drop(data);
-        let copy = 2.0 * large as f64 / device.copy_ceiling(2 * large)? / 1e6;
-        println!("plain read of 4 GiB: {read:.3} TB/s; plain copy of 1 GiB, read and written: {copy:.3} TB/s\n");
+        let copy = copy_bytes as f64 / device.copy_ceiling(copy_bytes)? / 1e6;
+        println!(
+            "plain read of {} MB: {read:.3} TB/s; plain copy, {} MB read and written: {copy:.3} TB/s\n",
+            read_bytes / 1_000_000,
+            copy_bytes / 1_000_000
+        );
         about = format!("{about}; plain read {read:.2} TB/s");
         Report::header();
     }
-    for work in shapes::all(options.quick) {
+    let work = if options.verify_only { shapes::small() } else { shapes::all(options.quick) };
+    let mut lost = None;
+    for work in work {
         let (operation, name) = (work.operation(), work.name());
         if !options.words.iter().all(|word| format!("{operation} {name}").contains(word.as_str())) {
             continue;
         }
-        let done = match &work {
-            Work::Decode(shape) => attention(&device, options, &mut report, operation, shape),
-            Work::Prefill(shape) => attention(&device, options, &mut report, operation, shape),
-            Work::Schedule(shape) => attention(&device, options, &mut report, operation, shape),
-            Work::Write(write) => {
-                write.measure(&device, options.verify_only).map(|row| row.map_or((), |row| report.row(row)))
-            }
-            Work::Copy(copy) => {
-                copy.measure(&device, options.verify_only).map(|row| row.map_or((), |row| report.row(row)))
-            }
-            Work::Swap(swap) => {
-                swap.measure(&device, options.verify_only).map(|row| row.map_or((), |row| report.row(row)))
-            }
+        let moved = |report: &mut Report, row: Option<Row>| match row {
+            Some(row) => report.row(row),
+            None => println!("{operation:<12} {name:<58} ok"),
         };
-        match done {
-            Ok(()) if options.verify_only => println!("{operation:<12} {name:<58} ok"),
-            Ok(()) => {}
-            Err(why) => {
-                let failure = !is_missing(&why);
-                report.without(operation, &name, &why, failure);
-                if failure && device.wait().is_err() {
-                    return Err("the device is lost: an error it does not recover from".into());
-                }
+        let verify_only = options.verify_only;
+        let done = match &work {
+            Work::Decode(shape) | Work::Prefill(shape) | Work::Schedule(shape) => {
+                attention(&device, options, &mut report, operation, shape)
+            }
+            Work::Write(write) => write.measure(&device, verify_only).map(|row| moved(&mut report, row)),
+            Work::Copy(copy) => copy.measure(&device, verify_only).map(|row| moved(&mut report, row)),
+            Work::Swap(swap) => swap.measure(&device, verify_only).map(|row| moved(&mut report, row)),
+        };
+        if let Err(why) = done {
+            let failure = !is_missing(&why);
+            report.without(operation, &name, &why, failure);
+            if failure && device.wait().is_err() {
+                lost = Some("an error the device does not recover from: the rest is not measured");
+                break;
             }
         }
     }
     report.write(&options.out, "cuda", &about)?;
-    Ok(report)
+    lost.map_or(Ok(report), |why| Err(why.into()))
 }
 
 /// Runs what the command line asks for. Exit status 1: a shape failed; 2: nothing could be run.

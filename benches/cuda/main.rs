@@ -6,6 +6,7 @@
 //!   --verify-only       small versions of all shapes, checked, not timed (runs in the emulator)
 //!   --kernel NAME       attention kernel: auto (default), portable, tensor-core
 //!   --replays N         replays a timing (default 30)
+//!   --pool-mb N         caches take turns until they hold this much (default 200: several times the L2)
 //!   --out DIR           where cuda.csv and cuda.svg go (default: $OUT, else target/bench-cuda)
 //!   words               only shapes whose operation and name hold all of them
 //! ```

@@ -1,5 +1,7 @@
 //! What is measured.
 
+use std::collections::HashSet;
+
 use quantkv::{CacheLayout, KvFormat};
 
 use crate::attention::Shape;
@@ -67,6 +69,21 @@ pub fn all(quick: bool) -> Vec<Work> {
     prefill(&mut work, quick);
     moves(&mut work, quick);
     work
+}
+
+/// Small versions of all shapes, each kind once: to be checked, not timed.
+pub fn small() -> Vec<Work> {
+    let mut seen = HashSet::new();
+    let shrunk = |work| match work {
+        Work::Decode(shape) => Work::Decode(shape.shrunk()),
+        Work::Prefill(shape) => Work::Prefill(shape.shrunk()),
+        Work::Schedule(shape) => Work::Schedule(shape.shrunk()),
+        Work::Write(write) => Work::Write(Write { tokens: write.tokens.min(301), ..write }),
+        Work::Copy(copy) => Work::Copy(CopyBlocks { pairs: copy.pairs.min(9), tables: copy.tables.min(6), ..copy }),
+        Work::Swap(swap) => Work::Swap(Swap { blocks: swap.blocks.min(20), ..swap }),
+    };
+    let new = move |work: &Work| seen.insert((work.operation(), work.name()));
+    all(false).into_iter().map(shrunk).filter(new).collect()
 }
 
 /// Half short, half long; one very long among long ones.
