@@ -14,7 +14,7 @@
 # after a failure; a table of all steps comes last. Logs go to $OUT (else .gpu/logs).
 #
 #   QUANTKV_CUDA_ARCHS   as for build.rs; 90a by default here
-#   GPU_TESTS            names of tests/*.rs to take along; by default those that mention CUDA
+#   GPU_TESTS            names of tests/*.rs to take along; by default those that use a CUDA device
 set -euo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 gpu=$root/.gpu
@@ -157,6 +157,7 @@ prepare() {
     out=${OUT:-$gpu/logs}
     logs=$out/logs
     mkdir -p "$logs"
+    export QUANTKV_FIXTURES=$tree/tests/fixtures QUANTKV_TEST_DEVICES=cuda
     export QUANTKV_REQUIRE_CUDA=1 QUANTKV_BENCH_LIBRARY=$gpu/release/deps/libquantkv_bench.so OUT="$out"
     export PATH=$PATH:/usr/local/cuda/bin
     bench=$gpu/release/deps/bench-cuda
@@ -183,21 +184,19 @@ tests() {
     done
 }
 
-# Small shapes of every operation, and hostile tables, with every access looked at.
+# Small shapes of every operation, hostile tables and graphs, with every access looked at.
 sanitizers() {
     local tool name
     command -v compute-sanitizer >/dev/null || { rows+=("sanitizers                         SKIPPED   no compute-sanitizer"); return; }
-    local run=(compute-sanitizer --error-exitcode 9 --print-limit 20)
+    local run=(env PROPTEST_CASES=4 compute-sanitizer --error-exitcode 9 --print-limit 20)
     step memcheck-bench 100 "${run[@]}" --tool memcheck "$bench" --verify-only
-    for name in $tests; do
-        case $name in
-            hostile*) step "memcheck-$name" 150 env PROPTEST_CASES=8 "${run[@]}" --tool memcheck \
-                "$gpu/release/deps/$name" --test-threads 1 cuda ;;
-        esac
+    for name in hostile_data hostile_ops cuda; do
+        [ -x "$gpu/release/deps/$name" ] || continue
+        step "memcheck-$name" 120 "${run[@]}" --tool memcheck "$gpu/release/deps/$name" --test-threads 1
     done
     step memcheck-conformance 60 "${run[@]}" --tool memcheck "$gpu/conformance" --step 100003
     for tool in racecheck initcheck synccheck; do
-        step "$tool-bench" 120 "${run[@]}" --tool "$tool" "$bench" --verify-only
+        step "$tool-bench" 100 "${run[@]}" --tool "$tool" "$bench" --verify-only
     done
     step racecheck-conformance 60 "${run[@]}" --tool racecheck "$gpu/conformance" --step 1000003
 }
