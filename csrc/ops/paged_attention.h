@@ -32,6 +32,9 @@ namespace quantkv {
 // Positions are below this, so that sums of a few of them with small numbers fit an int32_t.
 constexpr int32_t kMaxPositions = 0x7fffff00;
 
+// Query rows a block of the prefill kernel holds, and such blocks on a multiprocessor.
+constexpr int32_t kPrefillRows = 64, kPrefillBlocks = 2;
+
 // A call as kernels take it: the caller's struct and what follows from it.
 struct AttentionParams {
   quantkv_paged_attention op;
@@ -90,6 +93,14 @@ struct WorkList {
   Merge *merges;
   float *values;
   float *states;
+};
+
+constexpr int kMaxWorkLists = 2;
+
+// For kernels that treat all lists alike; lists beyond the grid are not looked at.
+struct AttentionLists {
+  AttentionParams params;
+  WorkList lists[kMaxWorkLists];
 };
 
 // What a worker does in one go.

@@ -1,0 +1,26 @@
+// The attention kernels that take any number of query rows, as the launcher sees them. The decode kernel is in
+// paged_attention_decode.h.
+#pragma once
+#include "../core/launch.h"
+#include "../ops/paged_attention.h"
+
+namespace quantkv {
+
+// How a kernel wants its work cut.
+struct KernelShape {
+  int32_t tile;                      // positions of a unit
+  int32_t max_rows;                  // query rows of a group, at most; 0: there is no kernel for this call
+  int32_t blocks_per_multiprocessor;
+  int32_t min_tiles;                 // of a worker
+};
+
+// f32 arithmetic: every call.
+KernelShape portable_shape();
+int launch_portable(const AttentionParams &params, const WorkList &list, quantkv_stream stream);
+
+// Tensor cores, many rows. By what the shape says; and by pointers and strides too.
+KernelShape prefill_shape(const quantkv_cache &cache, int32_t activation, const Device &device);
+bool prefill_can_load(const quantkv_paged_attention &op);
+int launch_prefill(const AttentionParams &params, const WorkList &list, quantkv_stream stream);
+
+} // namespace quantkv

@@ -1,0 +1,199 @@
+// paged_attention's plan: lengths to groups, shares of workers, and what is to be merged. Once a step, for all layers.
+//
+// One block a work list. It goes through the sequences kPlanThreads at a time, and through the groups of those the
+// same way; prefix sums over the block give every group its place and the tiles before it. Then each worker's share
+// is a division, and its first group a binary search.
+//
+// What nobody has checked is checked here: query starts that decrease, leave the rows or reach back into rows claimed
+// before make a sequence be skipped, lengths are clamped to the block table; both set a fault.
+#pragma once
+#include "paged_attention.h"
+
+namespace quantkv {
+
+constexpr int kPlanThreads = 1024;
+constexpr int kPlanWarps = kPlanThreads / kWarp;
+
+QKV_DEVICE int64_t shuffle_up_64(int64_t value, int delta) {
+  uint32_t low = shuffle_up(static_cast<uint32_t>(value), delta);
+  uint32_t high = shuffle_up(static_cast<uint32_t>(value >> 32), delta);
+  return static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low);
+}
+
+// The sum of `value` over the threads before this one, and over all. Two barriers.
+QKV_DEVICE int64_t block_prefix(int64_t value, int64_t *warp_sums /* shared [kPlanWarps] */, int64_t &total) {
+  int64_t sum = value;
+  QKV_UNROLL
+  for (int delta = 1; delta < kWarp; delta *= 2) {
+    int64_t before = shuffle_up_64(sum, delta);
+    if (lane_index() >= delta) sum += before;
+  }
+  if (lane_index() == kWarp - 1) warp_sums[warp_index()] = sum;
+  sync_threads();
+  int64_t before = 0;
+  total = 0;
+  for (int warp = 0; warp < kPlanWarps; warp++) {
+    if (warp == warp_index()) before = total;
+    total += warp_sums[warp];
+  }
+  sync_threads();
+  return before + sum - value;
+}
+
+// kPlanThreads sequences, one a thread.
+struct SequenceBatch {
+  int32_t first[kPlanThreads], last[kPlanThreads]; // query rows; an empty range if it is to be skipped
+  int32_t length[kPlanThreads];                    // cached tokens
+  int64_t groups_before[kPlanThreads];             // of the batch
+  int64_t warp_sums[kPlanWarps];
+  int32_t claimed; // rows below belong to sequences before
+  int32_t is_bad;  // whether some query start is
+};
+
+// Reads the query starts of sequences base .. base + kPlanThreads and makes bad ranges empty. A range counts as bad
+// only against good ones before it, so that one thread walks the batch if it holds any bad one.
+QKV_DEVICE void read_query_starts(const AttentionParams &params, int64_t base, SequenceBatch &batch) {
+  int thread = thread_index();
+  int64_t seq = base + thread;
+  int32_t first = 0, last = 0, claimed = batch.claimed;
+  if (thread == 0) batch.is_bad = 0;
+  sync_threads();
+  if (seq < params.op.num_seqs) {
+    first = params.op.query_starts[seq];
+    last = params.op.query_starts[seq + 1];
+    if (first < claimed || last < first || last > params.op.num_tokens) batch.is_bad = 1;
+  }
+  batch.first[thread] = first;
+  batch.last[thread] = last;
+  sync_threads();
+  int count = params.op.num_seqs - base < kPlanThreads ? static_cast<int>(params.op.num_seqs - base) : kPlanThreads;
+  if (thread == 0) {
+    if (batch.is_bad) {
+      for (int i = 0; i < count; i++) {
+        bool good = batch.first[i] >= claimed && batch.first[i] <= batch.last[i] && batch.last[i] <= params.op.num_tokens;
+        if (good) {
+          claimed = batch.last[i];
+        } else {
+          batch.first[i] = batch.last[i] = 0;
+        }
+      }
+      set_fault(params.paging.faults, QUANTKV_FAULT_QUERY_START);
+      batch.claimed = claimed;
+    } else {
+      batch.claimed = batch.last[count - 1];
+    }
+  }
+  sync_threads();
+}
+
+// Group `index` of a sequence's, but for first_tile.
+QKV_DEVICE WorkGroup group_of(const AttentionParams &params, const WorkList &list, int32_t seq, int32_t first_token,
+                              int32_t end_token, int32_t length, int64_t index) {
+  WorkGroup group = {};
+  group.seq = seq;
+  group.first_token = first_token + static_cast<int32_t>(index * list.queries_per_group);
+  int32_t queries_left = end_token - group.first_token;
+  group.num_queries = smaller_of(list.queries_per_group, queries_left);
+  group.first_position = larger_of(length - queries_left, -list.queries_per_group);
+  group.end = larger_of(0, group.first_position + group.num_queries);
+  group.begin = smaller_of(group.end, larger_of(0, larger_of(0, group.first_position) + 1 - params.window));
+  return group;
+}
+
+// The share of each worker and the pieces to be merged. `units` > 0.
+QKV_DEVICE void hand_out(const WorkList &list, int32_t num_groups, int64_t units) {
+  int64_t most = units / list.min_tiles;
+  int64_t busy = most < 1 ? 1 : most < list.workers ? most : list.workers;
+  for (int32_t worker = thread_index(); worker <= list.workers; worker += kPlanThreads) {
+    if (worker >= busy) {
+      list.starts[worker] = WorkerStart{units, num_groups, 0};
+      continue;
+    }
+    int64_t unit = worker * units / busy;
+    // The last group that begins at this unit or before.
+    int32_t group = 0, beyond = num_groups;
+    while (beyond - group > 1) {
+      int32_t middle = group + (beyond - group) / 2;
+      if (list.groups[middle].first_tile * list.columns <= unit) {
+        group = middle;
+      } else {
+        beyond = middle;
+      }
+    }
+    list.starts[worker] = WorkerStart{unit, group, 0};
+
+    // If this worker is the first to begin inside a (group, column), that one is shared.
+    int64_t tiles = tiles_of(list.groups[group], list.tile);
+    int64_t local = unit - list.groups[group].first_tile * list.columns;
+    int64_t column = local / tiles, column_start = unit - local + column * tiles;
+    if (column_start < unit && (worker - 1) * units / busy <= column_start) {
+      // The last worker that begins before its end.
+      int64_t last = ((column_start + tiles) * busy + units - 1) / units - 1;
+      uint32_t index = atomic_add(&list.header->num_merges, 1);
+      list.merges[index] = Merge{group, static_cast<int32_t>(column), worker - 1, static_cast<int32_t>(last)};
+    }
+  }
+}
+
+QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists call) {
+  QKV_SHARED(SequenceBatch, batches, 1);
+  SequenceBatch &batch = batches[0];
+  const AttentionParams &params = call.params;
+  const WorkList list = call.lists[block_index_x()];
+  int thread = thread_index();
+  wait_for_previous_kernel();
+  if (thread == 0) {
+    batch.claimed = 0;
+    list.header->num_merges = 0;
+  }
+  sync_threads();
+
+  int64_t num_groups = 0, num_tiles = 0;
+  for (int64_t base = 0; base < params.op.num_seqs; base += kPlanThreads) {
+    read_query_starts(params, base, batch);
+    int32_t queries = batch.last[thread] - batch.first[thread], length = 0;
+    if (queries > 0) {
+      int32_t given = params.op.seq_lens[base + thread];
+      length = smaller_of(larger_of(given, 0), params.capacity);
+      if (length != given) set_fault(params.paging.faults, QUANTKV_FAULT_SEQ_LEN);
+    }
+    bool is_ours = queries > 0 && queries >= list.min_queries && queries <= list.max_queries;
+    int64_t groups = is_ours ? (queries - 1) / list.queries_per_group + 1 : 0, batch_groups = 0;
+    batch.length[thread] = length;
+    batch.groups_before[thread] = block_prefix(groups, batch.warp_sums, batch_groups);
+    sync_threads();
+
+    for (int64_t group_base = 0; group_base < batch_groups; group_base += kPlanThreads) {
+      int64_t index = group_base + thread, tiles = 0, new_tiles = 0;
+      WorkGroup group = {};
+      if (index < batch_groups) {
+        // The last sequence whose groups begin at this one or before.
+        int i = 0, beyond = kPlanThreads;
+        while (beyond - i > 1) {
+          int middle = (i + beyond) / 2;
+          if (batch.groups_before[middle] <= index) {
+            i = middle;
+          } else {
+            beyond = middle;
+          }
+        }
+        group = group_of(params, list, static_cast<int32_t>(base + i), batch.first[i], batch.last[i], batch.length[i],
+                         index - batch.groups_before[i]);
+        tiles = tiles_of(group, list.tile);
+      }
+      group.first_tile = num_tiles + block_prefix(tiles, batch.warp_sums, new_tiles);
+      if (index < batch_groups && num_groups + index < list.max_groups) list.groups[num_groups + index] = group;
+      num_tiles += new_tiles;
+    }
+    num_groups += batch_groups;
+    sync_threads();
+  }
+
+  if (num_groups > 0) {
+    hand_out(list, static_cast<int32_t>(num_groups), num_tiles * list.columns);
+  } else {
+    for (int32_t worker = thread; worker <= list.workers; worker += kPlanThreads) list.starts[worker] = WorkerStart{};
+  }
+}
+
+} // namespace quantkv
