@@ -1,0 +1,569 @@
+// paged_attention of many query rows on tensor cores (sm_80 and up): f16 or bf16 products, f32 sums.
+//
+// A block of 4 warps holds up to 64 query rows, 16 a warp, and goes through their keys kKeys at a time:
+//   S = Q K^T      m16n8k16, rows x keys; both by ldmatrix
+//   softmax        in registers, base 2, state per row
+//   O += P V       P is S's fragment packed to 16 bits; V by transposing ldmatrix
+// K and V tiles are copied from their blocks in the background: the next K while the softmax runs, the next V while
+// the next scores are computed. 8-bit codes land raw and are decoded to f16 in shared memory, exactly.
+//
+// Tiles are [rows or keys, kDim] of 16-bit elements, in chunks of 8 elements (16 bytes); chunk c of row r lies at
+// c ^ (r % 8), so that the eight rows of a matrix meet all banks. Head dims that are no power of two take the next
+// larger kDim and leave the chunks past their end alone.
+//
+// Range. f16 products: if the type or a scale per channel asks for it, a query row is scaled by a power of two into
+// f16's range; the factor goes to the scores. Dynamic V scales go into P, relative to the largest power of two met so
+// far. Scales per tensor and head go to the scores and outputs.
+#pragma once
+#include "paged_attention.h"
+
+namespace quantkv {
+
+constexpr int kPrefillWarps = 4;
+constexpr int kPrefillThreads = kPrefillWarps * kWarp;
+
+template <int kDim> constexpr int kPrefillKeys = kDim <= 128 ? 64 : 32;
+
+template <int kDim> struct PrefillShared {
+  static constexpr int kKeys = kPrefillKeys<kDim>;
+  // [rows, kDim]; at the end the outputs.
+  alignas(128) unsigned char query[kPrefillRows * kDim * 2];
+  // 16-bit caches: K and V. 8-bit ones: K or V decoded; codes of K and of V, [2][kKeys, kDim] bytes.
+  alignas(128) unsigned char tiles[2][kKeys * kDim * 2];
+  // Of two tiles, the one at hand and the next:
+  int32_t blocks[2][kKeys];              // where its tokens lie; -1: a hole, not to be read
+  float k_dynamic[2][kKeys], v_dynamic[2][kKeys];
+  uint32_t present[2][kKeys / kWarp];    // a bit a token: not a hole
+  float v_dynamic_max[2][kKeys / kWarp]; // over present tokens
+  float query_factors[kPrefillRows];     // what brings the row back to its size
+};
+
+#if QKV_HAS_TENSOR_CORES
+
+// Products of a type.
+template <class T> struct Products;
+template <> struct Products<f16> {
+  static QKV_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_16816_f16(c, a, b0, b1);
+  }
+  static QKV_DEVICE uint32_t pack(float low, float high) { return pack_f16(low, high); }
+};
+template <> struct Products<bf16> {
+  static QKV_DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    mma_16816_bf16(c, a, b0, b1);
+  }
+  static QKV_DEVICE uint32_t pack(float low, float high) { return pack_bf16(low, high); }
+};
+
+// Chunk `chunk` + `odd` of a row, where `chunk` is even and `odd` 0 or 1. What is constant in `chunk` stays so.
+template <int kDim> QKV_DEVICE unsigned char *chunk_of(unsigned char *tile, int row, int chunk, int odd) {
+  return tile + row * (kDim * 2) + chunk / 8 * 128 + ((chunk % 8 ^ odd ^ (row & 7)) << 4);
+}
+template <int kDim> QKV_DEVICE unsigned char *chunk_of(unsigned char *tile, int row, int chunk) {
+  return tile + row * (kDim * 2) + ((chunk ^ (row & 7)) << 4);
+}
+
+// ---- queries
+
+// Eight elements as f32.
+QKV_DEVICE void unpack_chunk(const Words<4> &words, int32_t activation, float (&x)[8]) {
+  QKV_UNROLL
+  for (int i = 0; i < 4; i++) {
+    if (activation == QUANTKV_F16) {
+      unpack_f16(words.w[i], x[2 * i], x[2 * i + 1]);
+    } else {
+      unpack_bf16(words.w[i], x[2 * i], x[2 * i + 1]);
+    }
+  }
+}
+
+// Queries of the piece to shared memory; rows it has not are zeros. Eight lanes a row, each every eighth chunk.
+template <class T, int kDim>
+QKV_DEVICE void load_prefill_queries(const AttentionParams &params, const Piece &piece, PrefillShared<kDim> &shared) {
+  constexpr int kChunks = kDim / 64; // of a lane
+  const quantkv_half &k = params.op.cache.k;
+  const bool is_scaled = is_quantized(format_of(k)) && k.scale.channel_stride != 0;
+  const bool is_converted = FormatOf<T>::value == Format::F16 && (is_scaled || params.op.activation != QUANTKV_F16);
+  for (int row = warp_index() * 16 + lane_index() / 8; row < warp_index() * 16 + 16; row += 4) {
+    const bool exists = row < piece.rows();
+    const int token = piece.first_token + row / piece.num_heads, head = piece.first_head + row % piece.num_heads;
+    const uint16_t *from = static_cast<const uint16_t *>(params.op.query.data);
+    if (exists) from += row_index(params.op.query, token, head);
+    Words<4> words[kChunks];
+    QKV_UNROLL
+    for (int i = 0; i < kChunks; i++) {
+      int channel = 8 * (lane_index() % 8 + 8 * i);
+      words[i] = Words<4>{};
+      if (exists && channel < k.head_dim) words[i] = *reinterpret_cast<const Words<4> *>(from + channel);
+    }
+    float factor = 1.0f;
+    if (is_converted) {
+      float x[kChunks][8], top = 0.0f;
+      QKV_UNROLL
+      for (int i = 0; i < kChunks; i++) {
+        int channel = 8 * (lane_index() % 8 + 8 * i);
+        unpack_chunk(words[i], params.op.activation, x[i]);
+        QKV_UNROLL
+        for (int j = 0; j < 8; j++) {
+          if (is_scaled && channel < k.head_dim) x[i][j] *= static_scale(k.scale, piece.kv_head, channel + j);
+          uint32_t magnitude = bits_of(x[i][j]) & 0x7fffffffu;
+          if (magnitude < 0x7f800000u) top = maximum(top, float_of(magnitude));
+        }
+      }
+      QKV_UNROLL
+      for (int mask = 1; mask < 8; mask *= 2) top = maximum(top, shuffle_xor(top, mask));
+      // By exponents: the largest value to 2^14 .. 2^15.
+      uint32_t exponent = bits_of(top) >> 23;
+      if (exponent < 15) exponent = 15;
+      float to_range = float_of((127 + 14 + 127 - exponent) << 23);
+      factor = float_of((exponent - 14) << 23);
+      QKV_UNROLL
+      for (int i = 0; i < kChunks; i++) {
+        QKV_UNROLL
+        for (int j = 0; j < 4; j++) words[i].w[j] = pack_f16(x[i][2 * j] * to_range, x[i][2 * j + 1] * to_range);
+      }
+    }
+    QKV_UNROLL
+    for (int i = 0; i < kChunks; i++) {
+      *reinterpret_cast<Words<4> *>(chunk_of<kDim>(shared.query, row, lane_index() % 8 + 8 * i)) = words[i];
+    }
+    if (lane_index() % 8 == 0) shared.query_factors[row] = factor;
+  }
+}
+
+// ---- tiles of K and V
+
+// The table's entry for this thread's token of the tile at `first`: loaded one tile ahead of its use. -1 if the piece
+// has no such token, or no thread.
+template <int kKeys> QKV_DEVICE int32_t block_entry(const AttentionParams &params, const Piece &piece, int32_t first) {
+  int32_t position = first + thread_index();
+  if (thread_index() >= kKeys || position < piece.begin || position >= piece.end) return -1;
+  return block_of(params, piece.seq, position >> params.paging.block_shift);
+}
+
+// Says where the tokens of a tile lie, and what their dynamic scales are. Warps that have tokens.
+template <int kDim>
+QKV_DEVICE void describe_tile(const AttentionParams &params, const Piece &piece, int32_t first, int32_t block, int stage,
+                              PrefillShared<kDim> &shared) {
+  if (warp_index() >= PrefillShared<kDim>::kKeys / kWarp) return;
+  const quantkv_half &k = params.op.cache.k, &v = params.op.cache.v;
+  int thread = thread_index();
+  int slot = (first + thread) & (params.paging.block_size() - 1);
+  int64_t index = block >= 0 ? dynamic_scale_index(params.paging, block, piece.kv_head, slot) : 0;
+  shared.blocks[stage][thread] = block;
+  uint32_t present = ballot(block >= 0);
+  if (lane_index() == 0) shared.present[stage][warp_index()] = present;
+  if (k.dynamic != nullptr) shared.k_dynamic[stage][thread] = block >= 0 ? k.dynamic[index] : 0.0f;
+  if (v.dynamic != nullptr) {
+    float scale = block >= 0 ? v.dynamic[index] : 0.0f, top = scale;
+    shared.v_dynamic[stage][thread] = scale;
+    QKV_UNROLL
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) top = maximum(top, shuffle_xor(top, mask));
+    if (lane_index() == 0) shared.v_dynamic_max[stage][warp_index()] = top;
+  }
+}
+
+// Starts copying a tile, 16 bytes a thread and step; holes become zeros.
+template <int kDim>
+QKV_DEVICE void copy_tile(const AttentionParams &params, const quantkv_half &half, const Piece &piece, int32_t first,
+                          const int32_t *blocks, bool is_raw, unsigned char *to) {
+  constexpr int kKeys = kPrefillKeys<kDim>;
+  const int chunks = is_raw ? kDim / 16 : kDim / 8, elements = is_raw ? 16 : 8;
+  for (int i = thread_index(); i < kKeys * chunks; i += kPrefillThreads) {
+    int key = i / chunks, chunk = i % chunks, channel = chunk * elements;
+    if (channel >= half.head_dim) continue;
+    int32_t block = blocks[key];
+    int slot = (first + key) & (params.paging.block_size() - 1);
+    const unsigned char *from = static_cast<const unsigned char *>(half.codes);
+    if (block >= 0) {
+      int64_t element = row_index(half.map, block, piece.kv_head, slot) + channel_index(half, channel);
+      from += is_raw ? element : 2 * element;
+    }
+    copy_async_16(is_raw ? to + i * 16 : chunk_of<kDim>(to, key, chunk), from, block >= 0);
+  }
+}
+
+// Raw codes [kKeys, kDim] to a tile of f16.
+template <int kDim> QKV_DEVICE void decode_tile(const quantkv_half &half, const unsigned char *raw, unsigned char *to) {
+  constexpr int kKeys = kPrefillKeys<kDim>;
+  dispatch_format(format_of(half), [&](auto tag) {
+    constexpr Format F = decltype(tag)::value;
+    if constexpr (is_quantized(F)) {
+      QKV_UNROLL
+      for (int step = 0; step < kKeys * kDim / 16 / kPrefillThreads; step++) {
+        int i = step * kPrefillThreads + thread_index(), key = i / (kDim / 16), chunk = i % (kDim / 16);
+        Words<4> codes = *reinterpret_cast<const Words<4> *>(raw + i * 16);
+        QKV_UNROLL
+        for (int half_chunk = 0; half_chunk < 2; half_chunk++) {
+          Words<4> words;
+          decode4_to_f16<F>(codes.w[2 * half_chunk], words.w[0], words.w[1]);
+          decode4_to_f16<F>(codes.w[2 * half_chunk + 1], words.w[2], words.w[3]);
+          *reinterpret_cast<Words<4> *>(chunk_of<kDim>(to, key, 2 * chunk, half_chunk)) = words;
+        }
+      }
+    }
+  });
+}
+
+// ---- products
+
+// s[n] = rows of this warp x keys 8n .. 8n + 8.
+template <class T, int kDim>
+QKV_DEVICE void multiply_queries(PrefillShared<kDim> &shared, unsigned char *keys, int k_head_dim,
+                                 float (&s)[kPrefillKeys<kDim> / 8][4]) {
+  constexpr int kTiles = kPrefillKeys<kDim> / 8;
+  const int lane = lane_index();
+  QKV_UNROLL
+  for (int n = 0; n < kTiles; n++) {
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) s[n][i] = 0.0f;
+  }
+  QKV_UNROLL
+  for (int step = 0; step < kDim / 16; step++) {
+    if (step * 16 >= k_head_dim) break;
+    uint32_t q[4];
+    load_matrix_x4(q, chunk_of<kDim>(shared.query, warp_index() * 16 + lane % 16, 2 * step, lane / 16));
+    QKV_UNROLL
+    for (int n = 0; n < kTiles; n += 2) {
+      uint32_t k[4];
+      load_matrix_x4(k, chunk_of<kDim>(keys, 8 * n + lane % 8 + lane / 16 * 8, 2 * step, lane / 8 % 2));
+      Products<T>::mma(s[n], q, k[0], k[1]);
+      Products<T>::mma(s[n + 1], q, k[2], k[3]);
+    }
+  }
+}
+
+// o[c] += weights x channels 8c .. 8c + 8.
+template <class T, int kDim>
+QKV_DEVICE void multiply_values(unsigned char *values, int v_head_dim, const float (&p)[kPrefillKeys<kDim> / 8][4],
+                                float (&o)[kDim / 8][4]) {
+  const int lane = lane_index();
+  QKV_UNROLL
+  for (int step = 0; step < kPrefillKeys<kDim> / 16; step++) {
+    const float(&low)[4] = p[2 * step], (&high)[4] = p[2 * step + 1];
+    uint32_t weights[4] = {Products<T>::pack(low[0], low[1]), Products<T>::pack(low[2], low[3]),
+                           Products<T>::pack(high[0], high[1]), Products<T>::pack(high[2], high[3])};
+    QKV_UNROLL
+    for (int c = 0; c < kDim / 8; c += 2) {
+      if (c * 8 >= v_head_dim) break;
+      uint32_t v[4];
+      load_matrix_x4_transposed(v, chunk_of<kDim>(values, 16 * step + lane % 16, c, lane / 16));
+      Products<T>::mma(o[c], weights, v[0], v[1]);
+      Products<T>::mma(o[c + 1], weights, v[2], v[3]);
+    }
+  }
+}
+
+// ---- softmax
+
+// The two rows a lane has: g and g + 8 of its warp's 16, where lane = 4g + t. In every eight keys it has 2t, 2t + 1.
+struct PrefillRows {
+  Visible visible[2];
+  float factor[2]; // of products, to scores in base 2
+  float slope[2];
+  float max[2];
+  float sum[2];    // of this lane's keys
+  float unit;      // accumulators are in this unit: a power of two not below any dynamic V scale met so far
+};
+
+QKV_DEVICE int prefill_row(int half) { return warp_index() * 16 + lane_index() / 4 + 8 * half; }
+
+template <int kDim>
+QKV_DEVICE PrefillRows start_prefill_rows(const AttentionParams &params, const Piece &piece,
+                                          const PrefillShared<kDim> &shared) {
+  const quantkv_half &k = params.op.cache.k;
+  PrefillRows rows;
+  float factor = params.score_factor;
+  if (is_quantized(format_of(k)) && k.scale.channel_stride == 0) factor *= static_scale(k.scale, piece.kv_head, 0);
+  QKV_UNROLL
+  for (int half = 0; half < 2; half++) {
+    int row = prefill_row(half);
+    bool exists = row < piece.rows();
+    rows.visible[half] = exists ? visible_to(params, piece.first_position + row / piece.num_heads) : Visible{0, -1};
+    rows.factor[half] = factor * shared.query_factors[row];
+    rows.slope[half] = exists ? alibi_slope(params, piece.first_head + row % piece.num_heads) : 0.0f;
+    rows.max[half] = negative_infinity();
+    rows.sum[half] = 0.0f;
+  }
+  rows.unit = params.op.cache.v.dynamic == nullptr ? 1.0f : 0.0f;
+  return rows;
+}
+
+// Products to scores in base 2; -inf where a key is not visible.
+template <int kKeys>
+QKV_DEVICE void score_tile(const AttentionParams &params, const PrefillRows &rows, int32_t first,
+                           const float *k_dynamic, const uint32_t *present, bool is_masked, float (&s)[kKeys / 8][4]) {
+  const int column = 2 * (lane_index() % 4);
+  if (params.op.cache.k.dynamic != nullptr) {
+    QKV_UNROLL
+    for (int n = 0; n < kKeys / 8; n++) {
+      QKV_UNROLL
+      for (int i = 0; i < 4; i++) s[n][i] *= k_dynamic[8 * n + column + i % 2];
+    }
+  }
+  QKV_UNROLL
+  for (int n = 0; n < kKeys / 8; n++) {
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) s[n][i] *= rows.factor[i / 2];
+  }
+  if (params.cap != 0.0f) {
+    QKV_UNROLL
+    for (int n = 0; n < kKeys / 8; n++) {
+      QKV_UNROLL
+      for (int i = 0; i < 4; i++) s[n][i] = params.cap * tanh_of(s[n][i]);
+    }
+  }
+  if (params.op.alibi_slopes != nullptr) {
+    QKV_UNROLL
+    for (int n = 0; n < kKeys / 8; n++) {
+      QKV_UNROLL
+      for (int i = 0; i < 4; i++) {
+        s[n][i] += rows.slope[i / 2] * static_cast<float>(first + 8 * n + column + i % 2 - rows.visible[i / 2].last);
+      }
+    }
+  }
+  if (is_masked) {
+    QKV_UNROLL
+    for (int n = 0; n < kKeys / 8; n++) {
+      uint32_t bits = present[n / 4] >> (n % 4 * 8 + column);
+      QKV_UNROLL
+      for (int i = 0; i < 4; i++) {
+        bool is_visible = rows.visible[i / 2](first + 8 * n + column + i % 2) && (bits >> (i % 2) & 1) != 0;
+        if (!is_visible) s[n][i] = negative_infinity();
+      }
+    }
+  }
+}
+
+// Scores to weights relative to the new max; the accumulators follow.
+template <int kKeys, int kTiles>
+QKV_DEVICE void weigh_tile(PrefillRows &rows, float rescale_unit, float (&s)[kKeys / 8][4], float (&o)[kTiles][4]) {
+  float rescale[2];
+  QKV_UNROLL
+  for (int half = 0; half < 2; half++) {
+    float top = rows.max[half];
+    QKV_UNROLL
+    for (int n = 0; n < kKeys / 8; n++) top = maximum(top, maximum(s[n][2 * half], s[n][2 * half + 1]));
+    top = maximum(top, shuffle_xor(top, 1));
+    top = maximum(top, shuffle_xor(top, 2));
+    float weight = softmax_rescale(rows.max[half], top), reference = softmax_reference(top), total = 0.0f;
+    QKV_UNROLL
+    for (int n = 0; n < kKeys / 8; n++) {
+      QKV_UNROLL
+      for (int i = 2 * half; i < 2 * half + 2; i++) {
+        s[n][i] = exp2_approx(s[n][i] - reference);
+        total += s[n][i];
+      }
+    }
+    rows.max[half] = top;
+    rows.sum[half] = rows.sum[half] * weight + total;
+    rescale[half] = weight * rescale_unit;
+  }
+  if (any(rescale[0] != 1.0f || rescale[1] != 1.0f)) {
+    QKV_UNROLL
+    for (int c = 0; c < kTiles; c++) {
+      QKV_UNROLL
+      for (int i = 0; i < 4; i++) o[c][i] *= rescale[i / 2];
+    }
+  }
+}
+
+// The unit of the accumulators once a tile with these dynamic scales is in; answers what they are multiplied by.
+template <int kKeys> QKV_DEVICE float grow_unit(PrefillRows &rows, const float *maxima) {
+  float top = maxima[0];
+  QKV_UNROLL
+  for (int i = 1; i < kKeys / kWarp; i++) top = maximum(top, maxima[i]);
+  // The power of two above, within 2^-126 .. 2^126: its reciprocal is normal.
+  uint32_t bits = (bits_of(top) + 0x7fffffu) & 0x7f800000u;
+  bits = bits < 0x00800000u ? 0x00800000u : bits > 0x7e800000u ? 0x7e800000u : bits;
+  float unit = maximum(rows.unit, float_of(bits)), rescale = divide(rows.unit, unit);
+  rows.unit = unit;
+  return rescale;
+}
+
+template <int kKeys>
+QKV_DEVICE void scale_weights(const PrefillRows &rows, const float *v_dynamic, float (&p)[kKeys / 8][4]) {
+  const int column = 2 * (lane_index() % 4);
+  float to_unit = divide(1.0f, rows.unit);
+  QKV_UNROLL
+  for (int n = 0; n < kKeys / 8; n++) {
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) p[n][i] *= v_dynamic[8 * n + column + i % 2] * to_unit;
+  }
+}
+
+// ---- results
+
+template <int kDim>
+QKV_DEVICE void store_prefill_partial(const AttentionParams &params, const WorkList &list, const Piece &piece,
+                                      const PrefillRows &rows, const float (&o)[kDim / 8][4]) {
+  QKV_UNROLL
+  for (int half = 0; half < 2; half++) {
+    int row = prefill_row(half);
+    if (row >= piece.rows()) continue;
+    if (lane_index() % 4 == 0) store_partial_state(list, piece.slot, row, rows.max[half], rows.sum[half]);
+    float *values = partial_values(list, piece.slot, row) + 2 * (lane_index() % 4);
+    QKV_UNROLL
+    for (int c = 0; c < kDim / 8; c++) {
+      if (c * 8 >= params.op.cache.v.head_dim) break;
+      Words<2> pair = {{bits_of(o[c][2 * half] * rows.unit), bits_of(o[c][2 * half + 1] * rows.unit)}};
+      *reinterpret_cast<Words<2> *>(values + 8 * c) = pair;
+    }
+  }
+}
+
+// Each warp lays its rows where their queries were, and stores them from there in whole chunks.
+template <int kDim>
+QKV_DEVICE void store_prefill_output(const AttentionParams &params, const Piece &piece, const PrefillRows &rows,
+                                     const float (&o)[kDim / 8][4], PrefillShared<kDim> &shared) {
+  const quantkv_half &v = params.op.cache.v;
+  const int column = 2 * (lane_index() % 4);
+  sync_warp();
+  QKV_UNROLL
+  for (int half = 0; half < 2; half++) {
+    int row = prefill_row(half);
+    if (row >= piece.rows()) continue;
+    int token = piece.first_token + row / piece.num_heads, head = piece.first_head + row % piece.num_heads;
+    SoftmaxEnd end = end_of_row(params, head, rows.max[half], rows.sum[half]);
+    if (column == 0) store_lse(params, token, head, end.lse);
+    QKV_UNROLL
+    for (int c = 0; c < kDim / 8; c++) {
+      if (c * 8 >= v.head_dim) break;
+      float x[2];
+      QKV_UNROLL
+      for (int i = 0; i < 2; i++) {
+        float scale = rows.unit * static_scale(v, piece.kv_head, 8 * c + column + i);
+        x[i] = softmax_result(o[c][2 * half + i], end) * scale;
+      }
+      uint32_t pair = params.op.activation == QUANTKV_F16 ? pack_f16(x[0], x[1]) : pack_bf16(x[0], x[1]);
+      *reinterpret_cast<uint32_t *>(chunk_of<kDim>(shared.query, row, c) + 2 * column) = pair;
+    }
+  }
+  sync_warp();
+  for (int i = lane_index(); i < 16 * (kDim / 8); i += kWarp) {
+    int row = warp_index() * 16 + i / (kDim / 8), chunk = i % (kDim / 8);
+    if (row >= piece.rows() || chunk * 8 >= v.head_dim) continue;
+    int token = piece.first_token + row / piece.num_heads, head = piece.first_head + row % piece.num_heads;
+    uint16_t *to = static_cast<uint16_t *>(params.op.output.data) + row_index(params.op.output, token, head);
+    *reinterpret_cast<Words<4> *>(to + chunk * 8) =
+        *reinterpret_cast<const Words<4> *>(chunk_of<kDim>(shared.query, row, chunk));
+  }
+}
+
+// ---- a piece
+
+// Whether some row of the piece does not see some token of the tile.
+template <int kKeys>
+QKV_DEVICE bool needs_mask(const AttentionParams &params, const Piece &piece, int32_t first, const uint32_t *present) {
+  uint32_t all = present[0];
+  QKV_UNROLL
+  for (int i = 1; i < kKeys / kWarp; i++) all &= present[i];
+  int32_t last_position = piece.first_position + piece.num_queries - 1;
+  return all != 0xffffffffu || first + kKeys - 1 > piece.first_position ||
+         first < visible_to(params, last_position).first;
+}
+
+template <class T, int kDim>
+QKV_DEVICE void attend_prefill(const AttentionParams &params, const WorkList &list, const Piece &piece,
+                               PrefillShared<kDim> &shared) {
+  constexpr int kKeys = kPrefillKeys<kDim>;
+  const quantkv_half &k = params.op.cache.k, &v = params.op.cache.v;
+  // Both halves are 8-bit, or both are not.
+  const bool is_raw = FormatOf<T>::value == Format::F16 && is_quantized(format_of(k));
+  unsigned char *k_copy = is_raw ? shared.tiles[1] : shared.tiles[0];
+  unsigned char *v_copy = is_raw ? shared.tiles[1] + kKeys * kDim : shared.tiles[1];
+  unsigned char *k_tile = shared.tiles[0], *v_tile = is_raw ? shared.tiles[0] : shared.tiles[1];
+
+  int32_t first = piece.begin / kKeys * kKeys;
+  int32_t block = block_entry<kKeys>(params, piece, first);
+  sync_threads(); // the piece before is done with shared memory
+  describe_tile(params, piece, first, block, 0, shared);
+  block = block_entry<kKeys>(params, piece, first + kKeys);
+  load_prefill_queries<T>(params, piece, shared);
+  sync_threads();
+  copy_tile<kDim>(params, k, piece, first, shared.blocks[0], is_raw, k_copy);
+  copy_async_commit();
+  copy_tile<kDim>(params, v, piece, first, shared.blocks[0], is_raw, v_copy);
+  copy_async_commit();
+
+  PrefillRows rows = start_prefill_rows(params, piece, shared);
+  float o[kDim / 8][4];
+  QKV_UNROLL
+  for (int c = 0; c < kDim / 8; c++) {
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) o[c][i] = 0.0f;
+  }
+
+  int stage = 0;
+  for (; first < piece.end; first += kKeys, stage ^= 1) {
+    const int32_t next = first + kKeys;
+    describe_tile(params, piece, next, block, stage ^ 1, shared);
+    block = block_entry<kKeys>(params, piece, next + kKeys);
+
+    // K of this tile is here, V is on its way.
+    copy_async_wait<1>();
+    sync_threads();
+    if (is_raw) {
+      decode_tile<kDim>(k, k_copy, k_tile);
+      sync_threads();
+      copy_tile<kDim>(params, k, piece, next, shared.blocks[stage ^ 1], is_raw, k_copy);
+      copy_async_commit();
+    }
+    float s[kKeys / 8][4];
+    multiply_queries<T>(shared, k_tile, k.head_dim, s);
+    if (!is_raw) {
+      sync_threads();
+      copy_tile<kDim>(params, k, piece, next, shared.blocks[stage ^ 1], is_raw, k_copy);
+      copy_async_commit();
+    }
+    bool is_masked = needs_mask<kKeys>(params, piece, first, shared.present[stage]);
+    score_tile<kKeys>(params, rows, first, shared.k_dynamic[stage], shared.present[stage], is_masked, s);
+    float rescale_unit = v.dynamic == nullptr ? 1.0f : grow_unit<kKeys>(rows, shared.v_dynamic_max[stage]);
+    weigh_tile<kKeys>(rows, rescale_unit, s, o);
+    if (v.dynamic != nullptr) scale_weights<kKeys>(rows, shared.v_dynamic[stage], s);
+
+    // V of this tile is here, K of the next one is on its way.
+    copy_async_wait<1>();
+    sync_threads();
+    if (is_raw) {
+      decode_tile<kDim>(v, v_copy, v_tile);
+      sync_threads();
+      copy_tile<kDim>(params, v, piece, next, shared.blocks[stage ^ 1], is_raw, v_copy);
+      copy_async_commit();
+    }
+    multiply_values<T, kDim>(v_tile, v.head_dim, s, o);
+    if (!is_raw) {
+      sync_threads();
+      copy_tile<kDim>(params, v, piece, next, shared.blocks[stage ^ 1], is_raw, v_copy);
+      copy_async_commit();
+    }
+  }
+  copy_async_wait<0>();
+
+  QKV_UNROLL
+  for (int half = 0; half < 2; half++) {
+    rows.sum[half] += shuffle_xor(rows.sum[half], 1);
+    rows.sum[half] += shuffle_xor(rows.sum[half], 2);
+  }
+  if (piece.slot >= 0) {
+    store_prefill_partial<kDim>(params, list, piece, rows, o);
+  } else {
+    store_prefill_output<kDim>(params, piece, rows, o, shared);
+  }
+}
+
+#endif // QKV_HAS_TENSOR_CORES
+
+// T: the type of the products. kDim: 64, 128 or 256, not below either head dim.
+template <class T, int kDim>
+QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPrefillThreads, kPrefillBlocks) attend_prefill_kernel(AttentionParams params, WorkList list) {
+#if QKV_HAS_TENSOR_CORES
+  QKV_DYNAMIC_SHARED(memory);
+  PrefillShared<kDim> &shared = *reinterpret_cast<PrefillShared<kDim> *>(memory);
+  wait_for_previous_kernel();
+  WorkIterator work(params, list, block_index_x());
+  for (Piece piece; work.next(piece);) attend_prefill<T>(params, list, piece, shared);
+#endif
+}
+
+} // namespace quantkv
