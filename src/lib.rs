@@ -2,7 +2,8 @@
 //!
 //! An LLM engine keeps the keys and values of past tokens in blocks (pages) of memory. Stored as FP8
 //! they take half the space of bf16. This crate has the operations such a cache needs, each with one
-//! stated meaning (`docs/numerics.md`) and, so far, one backend, the CPU:
+//! stated meaning (`docs/numerics.md`), on two backends: the CPU ([`CpuBackend`]) and, with the feature `cuda`,
+//! NVIDIA GPUs (`cuda::CudaBackend`):
 //!
 //! | operation | does |
 //! |---|---|

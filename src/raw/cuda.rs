@@ -10,8 +10,8 @@
 //!
 //! For each function of this module:
 //! * the context that the pointers and the stream belong to is current on the calling thread;
-//! * a [`PtrRef`](super::PtrRef) points to `len` elements of device memory, aligned for their type, a
-//!   [`PtrMut`](super::PtrMut) likewise to memory that no other work touches; both until the work is
+//! * a [`PtrRef`] points to `len` elements of device memory, aligned for their type, a
+//!   [`PtrMut`](crate::raw::PtrMut) likewise to memory that no other work touches; both until the work is
 //!   done *on the device*, and for a captured call as long as the graph may be replayed;
 //! * an empty buffer may have any pointer, null included;
 //! * [`Launch::faults`] is null or points to one aligned word of device memory.
