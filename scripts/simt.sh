@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the CUDA kernels and everything above them on the CPU: no GPU, no nvcc, only a C++20 compiler.
 #
-#   scripts/simt.sh                          the shim's own tests, then every test of the crate that uses CUDA
+#   scripts/simt.sh                          the shim's own tests, then every test that runs on CUDA devices
 #   scripts/simt.sh -- cargo test --features cuda --test parity_attention     that command instead
 #   scripts/simt.sh --self-test              only the shim's own tests
 #
@@ -9,22 +9,24 @@
 #   --order ORDER      of blocks, warps and lanes: forward (default), reverse, or the seed (2, 3, ..) of a shuffle
 #   --arch CC          the kernels' paths for a device of compute capability 75, 80 or 90 (default)
 #   --eager            streams do everything at once, instead of as late as allowed
+#   --target-dir DIR   where cargo builds (default target/simt): what other builds have there, it need not build again
 #
 # The kernels are compiled over testing/simt, the driver is testing/mock_cuda (docs/testing-without-gpu.md). Objects
 # are kept in target/simt*, apart from those of other builds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-sanitize=0 order=forward arch=90 streams=late self_test_only=0
+sanitize=0 order=forward arch=90 streams=late self_test_only=0 cargo_target=
 while [ $# -gt 0 ]; do
     case $1 in
         --sanitize) sanitize=1 ;;
         --order) order=$2; shift ;;
         --arch) arch=$2; shift ;;
         --eager) streams=eager ;;
+        --target-dir) cargo_target=$2; shift ;;
         --self-test) self_test_only=1 ;;
         --) shift; break ;;
-        *) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2 ;;
+        *) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
     shift
 done
@@ -81,9 +83,12 @@ self_test() {
 
 if [ $# -eq 0 ]; then self_test; fi
 if [ "$self_test_only" = 1 ]; then exit 0; fi
-if [ $# -eq 0 ]; then set -- cargo test --features cuda; fi
+if [ $# -eq 0 ]; then
+    set -- cargo test --features cuda --test mock_driver
+    for test in $(grep -l 'testing/devices.rs' tests/*.rs); do set -- "$@" --test "$(basename "$test" .rs)"; done
+fi
 
-export CARGO_TARGET_DIR=$target CARGO_INCREMENTAL=0
+export CARGO_TARGET_DIR=${cargo_target:-$target} CARGO_INCREMENTAL=0
 export QUANTKV_SIMT=1 QUANTKV_SIMT_SANITIZE=$sanitize QUANTKV_SIMT_ARCH=$arch QUANTKV_REQUIRE_CUDA=1
 # cudarc's version is then the newest it knows, not what a toolkit on this machine says.
 unset CUDA_HOME CUDA_PATH

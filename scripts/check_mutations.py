@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""Plants bugs in the CUDA kernels, one at a time, and fails if the tests do not notice.
+
+    scripts/simt.sh [--sanitize] -- scripts/check_mutations.py [--list] [--some] [WORD ..]
+
+testing/simt/mutations.toml lists them: a text that occurs once in a file, what it becomes, and the tests that must
+fail. Those marked `sanitize` only show to AddressSanitizer and are for --sanitize; the others run without. WORDs choose
+by name; --some leaves out most (CI): all but the first of each file. A test is run in several orders until it fails.
+
+The tests are built once. For a mutation, the kernel sources are copied, changed and compiled by the commands that the
+build left beside its objects; the changed library stands before the right one on the loader's path.
+"""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDERS = ["forward", "reverse", "2", "3"]
+TEST_SECONDS = 300
+LIBRARY = "libquantkv_cuda.so"
+
+
+def main():
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    if os.environ.get("QUANTKV_SIMT") != "1":
+        sys.exit(__doc__)
+    sanitize = os.environ.get("QUANTKV_SIMT_SANITIZE") == "1"
+    listed = tomllib.loads((ROOT / "testing/simt/mutations.toml").read_text())["mutation"]
+    for mutation in listed:
+        check_entry(mutation)
+    chosen = [m for m in listed if m.get("sanitize", False) == sanitize and all(w in m["name"] for w in words)]
+    if "--some" in sys.argv:
+        chosen = list({m["file"]: m for m in reversed(chosen)}.values())[::-1]
+    if "--list" in sys.argv:
+        print("\n".join(f"{m['name']}: {', '.join(m['tests'])}" for m in chosen))
+        return
+    if not chosen:
+        sys.exit("no mutation has that name")
+    build = Build(sorted({test for m in chosen for test in m["tests"]}))
+
+    survivors = []
+    with tempfile.TemporaryDirectory(prefix="quantkv-mutations-") as folder:
+        right = Path(build.library).parent
+        for test, filter in sorted({(t, f) for m in chosen for t, f in tests_of(m)}):
+            seen = first_failure(build, right, [(test, filter)])
+            if seen:
+                sys.exit(f"{test} {filter} fails without a mutation ({seen})")
+        for mutation in chosen:
+            began = time.monotonic()
+            try:
+                seen = first_failure(build, mutate(build, mutation, Path(folder)), tests_of(mutation))
+            except CompileError as error:
+                sys.exit(f"{mutation['name']}: the changed source does not compile:\n{error}")
+            print(f"{'caught  ' if seen else 'SURVIVED'} {mutation['name']} [{time.monotonic() - began:.0f} s]"
+                  f"{': ' + seen if seen else ''}", flush=True)
+            if not seen:
+                survivors.append(mutation["name"])
+    print(f"{len(chosen)} mutations, {len(survivors)} survived")
+    sys.exit(1 if survivors else 0)
+
+
+class CompileError(Exception):
+    pass
+
+
+def check_entry(mutation):
+    """A list that no longer matches the sources is an error, not a survivor."""
+    text = (ROOT / mutation["file"]).read_text()
+    count = text.count(mutation["find"])
+    if count != 1:
+        sys.exit(f"mutations.toml, {mutation['name']}: the text to find occurs {count} times in {mutation['file']}")
+
+
+def tests_of(mutation):
+    """("parity_attention", "windows") of "parity_attention::windows"."""
+    return [tuple((test + "::").split("::")[:2]) for test in mutation["tests"]]
+
+
+class Build:
+    """The test programs, the library of kernels, and the commands that made its objects."""
+
+    def __init__(self, tests):
+        command = ["cargo", "test", "--features", "cuda", "--no-run", "--message-format=json-render-diagnostics"]
+        for test in sorted({test.split("::")[0] for test in tests}):
+            command += ["--test", test]
+        output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout
+        self.programs, out_dir = {}, None
+        for line in output.splitlines():
+            message = json.loads(line)
+            if message["reason"] == "compiler-artifact" and message.get("executable"):
+                self.programs[message["target"]["name"]] = message["executable"]
+            if message["reason"] == "build-script-executed" and "quantkv" in message["package_id"]:
+                if (Path(message["out_dir"]) / LIBRARY).is_file():
+                    out_dir = Path(message["out_dir"])
+        self.library = out_dir / LIBRARY
+        objects = Path(os.environ.get("QUANTKV_OBJECT_DIR", out_dir))
+        newest = max(objects.glob("*/scheduler.cmd"), key=lambda file: file.stat().st_mtime).parent
+        self.objects = {file.stem: file for file in newest.glob("*.o")}
+        self.commands = {file.stem: shlex.split(file.read_text()) for file in newest.glob("*.cmd")}
+
+    def depends_on(self, stem, file):
+        rule = self.objects[stem].with_suffix(".d").read_text().replace("\\\n", " ")
+        return any(os.path.normpath(word) == file for word in rule.split())
+
+
+def mutate(build, mutation, folder):
+    """Makes the library with the bug in it. Its folder."""
+    tree = folder / "tree"
+    shutil.rmtree(tree, ignore_errors=True)
+    for part in ["csrc", "testing/simt"]:
+        shutil.copytree(ROOT / part, tree / part)
+    file = tree / mutation["file"]
+    file.write_text(file.read_text().replace(mutation["find"], mutation["replace"]))
+    objects, running = dict(build.objects), []
+    for stem, command in build.commands.items():
+        if not build.depends_on(stem, mutation["file"]):
+            continue
+        object = folder / f"{stem}.o"
+        command = list(command)
+        command[command.index("-o") + 1] = str(object)
+        command[command.index("-MF") + 1] = str(object.with_suffix(".d"))
+        running.append(start(command + ["-O1", "-w"], tree))
+        objects[stem] = object
+        if len(running) == 2:
+            finish(running.pop(0))
+    for process in running:
+        finish(process)
+    command = next(iter(build.commands.values()))
+    sanitizers = [flag for flag in command if "sanitize" in flag]
+    library = folder / "lib" / LIBRARY
+    library.parent.mkdir(exist_ok=True)
+    finish(start([command[0], "-shared", *sanitizers, *map(str, objects.values()), "-ldl", "-o", str(library)], tree))
+    return library.parent
+
+
+def start(command, folder):
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process):
+    output, _ = process.communicate()
+    if process.returncode != 0:
+        raise CompileError(output)
+
+
+def first_failure(build, library, tests):
+    """What noticed: the test, the order, and its words. None if nothing did."""
+    for order in ORDERS:
+        for test, filter in tests:
+            environment = dict(os.environ, QUANTKV_SIMT_ORDER=order, PROPTEST_DISABLE_FAILURE_PERSISTENCE="true",
+                               PROPTEST_MAX_SHRINK_ITERS="0", RUST_BACKTRACE="0", QUANTKV_TEST_DEVICES="cuda")
+            environment["LD_LIBRARY_PATH"] = f"{library}:{environment['LD_LIBRARY_PATH']}"
+            runner = [value for name, value in environment.items() if name.startswith("CARGO_TARGET_") and name.endswith("_RUNNER")]
+            command = [*runner, build.programs[test], *([filter] if filter else [])]
+            try:
+                result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT, timeout=TEST_SECONDS)
+            except subprocess.TimeoutExpired:
+                return f"{test}, order {order}: no end after {TEST_SECONDS} s"
+            output = result.stdout.decode(errors="replace")
+            if result.returncode != 0:
+                return f"{test}, order {order}: {telling_line(output)}"
+            if "running 0 tests" in output:
+                sys.exit(f"{test} has no test named {filter}")
+    return None
+
+
+def telling_line(output):
+    """The line of a test's output that says what went wrong."""
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    for sign in ["simt: kernel", "ERROR: AddressSanitizer", "runtime error:", "panicked at"]:
+        for line, after in zip(lines, lines[1:] + [""]):
+            if sign in line:
+                return (after if sign == "panicked at" else line)[:160]
+    return lines[-1][:160] if lines else ""
+
+
+main()
