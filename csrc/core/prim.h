@@ -17,6 +17,13 @@
 
 namespace quantkv {
 
+// The same value, of which the compiler knows nothing: what follows from it is computed again where it is used, not
+// kept in a register from before.
+QKV_DEVICE int forget(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // ---- bits and floats
 
 QKV_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }

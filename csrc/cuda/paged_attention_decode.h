@@ -60,7 +60,7 @@ struct CountDecodeBlocks {
   template <Format F, int D, int RowTiles, bool Dynamic> int run() {
     using Shape = DecodeShape<F, D, RowTiles, Dynamic>;
     constexpr int reserved = 1024; // by the system, a block
-    int each = Shape::kSharedBytes + static_cast<int>(sizeof(DecodeQuery<Shape>) + sizeof(DecodeCursor)) + reserved;
+    int each = Shape::kSharedBytes + static_cast<int>(sizeof(DecodeQuery<Shape>) + Shape::kWarps * sizeof(DecodeWork)) + reserved;
     blocks = (device.max_shared_bytes + reserved) / each;
     if (blocks > Shape::kBlocks) blocks = Shape::kBlocks;
     return blocks > 0 ? QUANTKV_OK : QUANTKV_UNSUPPORTED;

@@ -2,7 +2,7 @@
 //
 // The limit is reading K and V once, so nothing else may be in the way: codes go from global memory straight to
 // registers, are widened there to f16 (exactly, two codes an instruction) and multiplied as they lie. Nothing passes
-// through shared memory and no barrier is met until a piece of work ends.
+// through shared memory, and warps meet only where a piece of work ends.
 //
 //   S   = K Q^T      [16 tokens, 8 rows]        tokens on the long side of the 16 x 8 x 16 product
 //   O^T += V^T P^T   [16 channels, 8 rows] x D/16
@@ -17,245 +17,68 @@
 //   O   of two channels a 16-row tile of O^T, rows 2t and 2t + 1
 //
 // The four warps of a block take tiles in turn, each with a softmax state of its own, and merge them in shared memory
-// when the piece ends. The loads of a tile are issued before the products of the one before it.
+// when the piece ends. The loads of a tile are issued before the products of the one before it are used up.
 #pragma once
-#include "../core/fp8.h"
-#include "paged_attention.h"
+#include "paged_attention_decode_tiles.h"
 
 namespace quantkv {
 
-// No scale is smaller: 2^-126.
-constexpr float kSmallestScale = 1.17549435e-38f;
-
-// Bytes of one load, where `lanes` lanes share `bytes`.
-constexpr int load_width(int bytes, int lanes) {
-  return bytes / lanes % 16 == 0 ? 16 : bytes / lanes % 8 == 0 ? 8 : 4;
-}
-
-// The numbers of one instantiation: format F of K and V, head dim D of both, tiles of 8 query rows, dynamic scales.
-template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
-  static_assert(F != Format::F32, "f32 is not a tensor core type here");
-  static_assert(D % 32 == 0, "a lane's share of a V row is whole words");
-  static_assert(!Dynamic || is_quantized(F), "only quantized rows have scales");
-  static constexpr int kElement = bytes_of(F);
-  static constexpr int kTile = 16;
-  static constexpr int kWarps = 4;
-  static constexpr int kRowTiles = RowTiles;
-  static constexpr int kThreads = kWarps * kWarp;
-  static constexpr int kRows = 8 * RowTiles;
-  static constexpr int kWidthK = load_width(D * kElement, 4);
-  static constexpr int kWidthV = load_width(D * kElement, 8);
-  static constexpr int kWordsK = D * kElement / 16; // of one K row, a lane
-  static constexpr int kWordsV = D * kElement / 32; // of one V row, a lane
-  static constexpr int kSteps = D / 16;             // of S; also 16-channel tiles of O^T
-  static constexpr bool kBf16 = F == Format::BF16;  // bf16 products; else f16
-
-  // What a lane keeps: O, K, V, and what softmax needs. Two tiles of V (the one in use, the one on its way) are better,
-  // where 3 blocks an SM have the registers for them. Measured limits: nothing spills.
-  static constexpr int kKept = RowTiles * (kSteps * 4 + 12) + 2 * kWordsK + 4 * kWordsV + (Dynamic ? 8 : 0);
-  static constexpr int kWithAhead = kKept + 4 * kWordsV;
-  static constexpr int kBlocks = kWithAhead <= 92 ? 4 : kWithAhead <= 120 || kKept <= 104 ? 3 : 2;
-  static constexpr bool kValuesAhead = kWithAhead <= (kBlocks == 3 ? 120 : 200);
-  static constexpr bool kFits = kKept <= 200;
-
-  // Shared memory: O [warps, rows, kStride] f32, then (max, sum) [warps, rows]. The pad keeps rows on different banks.
-  static constexpr int kStride = D + 4;
-  static constexpr int kSharedBytes = 4 * kWarps * kRows * (kStride + 2);
-};
-
-// The tiles one warp attends to in a piece, and where they lie. Offsets inside a block fit 32 bits.
-template <class Shape> struct DecodeTiles {
-  const AttentionParams &params;
-  const Piece &piece;
-  int32_t first;                // number of the warp's first tile: position / 16
-  int32_t count;                // of this warp
-  uint32_t k_offset, v_offset;  // bytes from a tile's first row to this lane's part of rows g (K) and 2t (V)
-  int32_t blocks, next_blocks;  // of a batch of tiles, and of the one after it
-
-  QKV_DEVICE DecodeTiles(const AttentionParams &params, const Piece &piece) : params(params), piece(piece) {
-    const quantkv_cache &cache = params.op.cache;
-    const uint32_t g = lane_index() / 4, t = lane_index() % 4;
-    k_offset = bytes(piece.kv_head * cache.k.map.head_stride + g * cache.k.map.slot_stride) + t * Shape::kWidthK;
-    v_offset = bytes(piece.kv_head * cache.v.map.head_stride + 2 * t * cache.v.map.slot_stride) + g * Shape::kWidthV;
-    first = piece.begin / Shape::kTile + warp_index();
-    int32_t end = piece.end / Shape::kTile + (piece.end % Shape::kTile != 0);
-    count = (end - first + Shape::kWarps - 1) / Shape::kWarps;
-    next_blocks = find(0);
-  }
-
-  static QKV_DEVICE uint32_t bytes(int64_t elements) { return static_cast<uint32_t>(elements) * Shape::kElement; }
-
-  QKV_DEVICE bool halved() const { return params.paging.block_shift == 3; }
-
-  // Tiles of a batch: a lane keeps the block of one, or of half a one if blocks have 8 slots.
-  QKV_DEVICE int32_t batch() const { return halved() ? kWarp / 2 : kWarp; }
-
-  QKV_DEVICE int32_t position(int32_t n) const { return (first + n * Shape::kWarps) * Shape::kTile; }
-
-  // This lane's block of the batch that begins with tile n.
-  QKV_DEVICE int32_t find(int32_t n) const {
-    n += halved() ? lane_index() / 2 : lane_index();
-    if (n >= count) return -1;
-    int32_t at = position(n) + (halved() ? 8 * (lane_index() % 2) : 0);
-    int32_t size = halved() ? 8 : Shape::kTile;
-    return at < piece.end && at + size > piece.begin ? block_of(params, piece.seq, at >> params.paging.block_shift) : -1;
-  }
-
-  // Makes `blocks` those of the batch that begins with tile n, and asks for the next.
-  QKV_DEVICE void begin_batch(int32_t n) {
-    blocks = next_blocks;
-    next_blocks = find(n + batch());
-  }
-};
-
-// The blocks of a tile; negative: not in the cache.
-struct TileBlocks {
-  int32_t low, high; // of tokens 0-7 and 8-15
-
-  // Whether `token` of the tile at `position` is one the piece has keys of.
-  QKV_DEVICE bool has(const Piece &piece, int32_t position, int32_t token) const {
-    return (token < 8 ? low : high) >= 0 && position + token >= piece.begin && position + token < piece.end;
-  }
-};
-
-template <int Width, int Words, int Lanes> QKV_DEVICE void load_row(uint32_t (&out)[Words], const unsigned char *row) {
-  constexpr int count = Width / 4;
-  QKV_UNROLL
-  for (int i = 0; i < Words / count; i++) {
-    auto words = load_stream(reinterpret_cast<const quantkv::Words<count> *>(row + i * Lanes * Width));
-    QKV_UNROLL
-    for (int j = 0; j < count; j++) out[i * count + j] = words.w[j];
-  }
-}
-
-// A tile on its way to a lane's registers. No load waits for a decision: rows the piece does not have are read from
-// where they would be, or from block 0, and made harmless when they are used.
-template <class Shape> struct TileLoader {
-  const DecodeTiles<Shape> &tiles;
-  TileBlocks blocks;
-  uint32_t slot, slot_high; // of token 0, of token 8
-
-  QKV_DEVICE TileLoader(const DecodeTiles<Shape> &tiles, int32_t n) : tiles(tiles) {
-    const bool halved = tiles.halved();
-    const int32_t in_batch = n & (tiles.batch() - 1);
-    blocks.low = shuffle(tiles.blocks, halved ? 2 * in_batch : in_batch);
-    blocks.high = shuffle(tiles.blocks, halved ? 2 * in_batch + 1 : in_batch);
-    slot = tiles.position(n) & ((1u << tiles.params.paging.block_shift) - 1);
-    slot_high = halved ? 0 : slot + 8;
-  }
-
-  // The row of a half tile's first token, with a lane's offset.
-  QKV_DEVICE const unsigned char *row(const quantkv_half &half, bool upper, uint32_t offset) const {
-    const int64_t block = larger_of(upper ? blocks.high : blocks.low, 0);
-    const uint32_t inside = offset + (upper ? slot_high : slot) * tiles.bytes(half.map.slot_stride);
-    return static_cast<const unsigned char *>(half.codes) + block * (half.map.block_stride * Shape::kElement) + inside;
-  }
-
-  // Tokens g, g + 8.
-  QKV_DEVICE void keys(uint32_t (&out)[2][Shape::kWordsK]) const {
-    QKV_UNROLL
-    for (int i = 0; i < 2; i++) {
-      load_row<Shape::kWidthK, Shape::kWordsK, 4>(out[i], row(tiles.params.op.cache.k, i == 1, tiles.k_offset));
-    }
-  }
-
-  // Tokens 2t, 2t + 1, 2t + 8, 2t + 9.
-  QKV_DEVICE void values(uint32_t (&out)[4][Shape::kWordsV]) const {
-    const quantkv_half &v = tiles.params.op.cache.v;
-    QKV_UNROLL
-    for (int i = 0; i < 2; i++) {
-      const unsigned char *first = row(v, i == 1, tiles.v_offset);
-      load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[2 * i], first);
-      load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[2 * i + 1], first + tiles.bytes(v.map.slot_stride));
-    }
-  }
-
-  // Scales of tokens g, g + 8.
-  QKV_DEVICE void scales(float (&k)[2], float (&v)[2]) const {
-    const quantkv_cache &cache = tiles.params.op.cache;
-    QKV_UNROLL
-    for (int i = 0; i < 2; i++) {
-      int64_t row = static_cast<int64_t>(larger_of(i ? blocks.high : blocks.low, 0)) * cache.num_kv_heads + tiles.piece.kv_head;
-      int64_t index = (row << tiles.params.paging.block_shift) + (i ? slot_high : slot) + lane_index() / 4;
-      k[i] = cache.k.dynamic != nullptr ? cache.k.dynamic[index] : 1.0f;
-      v[i] = cache.v.dynamic != nullptr ? cache.v.dynamic[index] : 1.0f;
-    }
-  }
-};
-
-// The tile in use.
-template <class Shape> struct DecodeTile {
-  uint32_t k[2][Shape::kWordsK], v[4][Shape::kWordsV];
-  float k_dynamic[2], v_dynamic[2];
-  TileBlocks blocks;
-  int32_t position;
-  bool whole; // every token is there and every row sees it
-
-  // Zeroes what no product may meet: values of tokens the piece does not have, whatever bits are there. Their weight is
-  // zero, but zero times NaN is not. (Their keys do no harm: the score is replaced.)
-  QKV_DEVICE void drop_missing(const Piece &piece) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
-    QKV_UNROLL
-    for (int row = 0; row < 4; row++) {
-      if (blocks.has(piece, position, 8 * (row / 2) + 2 * t + row % 2)) continue;
-      QKV_UNROLL
-      for (int i = 0; i < Shape::kWordsV; i++) v[row][i] = 0;
-    }
-    QKV_UNROLL
-    for (int half = 0; half < 2; half++) {
-      if (!blocks.has(piece, position, 8 * half + g)) v_dynamic[half] = kSmallestScale;
-    }
-  }
-};
-
-// The queries of a piece as operands, in shared memory: every warp uses the same, and registers are for K and V.
+// The queries of a piece, in shared memory: every warp uses the same, and registers are for K and V.
 template <class Shape> struct DecodeQuery {
-  Words<2> q[Shape::kRowTiles][Shape::kSteps][kWarp]; // of lane 4g + t: row g of the row tile, four channels
-  float factor[Shape::kRows];                         // a product times this is q . k
+  static constexpr int kRawStride = Shape::kDim + 8;       // the pad keeps rows on different banks
+  alignas(16) uint16_t raw[2][Shape::kRows][kRawStride];   // as they come, of this piece and of the next
+  Words<2> q[Shape::kRowTiles][Shape::kSteps][kWarp];      // operands of lane 4g + t: row g of the tile, four channels
+  float factor[Shape::kRows];                              // a product times this is q . k
 };
 
-// Four neighbouring activations of 16 bits.
-QKV_DEVICE void load_activation_x4(float (&x)[4], const void *data, int32_t activation, int64_t index) {
-  const uint16_t *p = static_cast<const uint16_t *>(data) + index;
-  uint32_t words[2];
-  if (reinterpret_cast<uintptr_t>(p) % 8 == 0) {
-    Words<2> both = *reinterpret_cast<const Words<2> *>(p);
-    words[0] = both.w[0];
-    words[1] = both.w[1];
-  } else {
-    words[0] = p[0] | static_cast<uint32_t>(p[1]) << 16;
-    words[1] = p[2] | static_cast<uint32_t>(p[3]) << 16;
+// Asks for the queries of a piece. Rows it does not have are zeros.
+template <class Shape>
+QKV_DEVICE void begin_query(uint16_t (&raw)[Shape::kRows][DecodeQuery<Shape>::kRawStride], const AttentionParams &params,
+                            const Piece &piece) {
+  constexpr int runs = Shape::kDim / 8; // of 16 bytes, a row
+  const uint16_t *data = static_cast<const uint16_t *>(params.op.query.data);
+  for (int i = forget(thread_index()); i < Shape::kRows * runs; i += Shape::kThreads) {
+    const int row = i / runs, channel = i % runs * 8, query = row / piece.num_heads;
+    const bool valid = row < piece.rows();
+    const int head = piece.first_head + row - query * piece.num_heads;
+    const uint16_t *from = data + (valid ? row_index(params.op.query, piece.first_token + query, head) + channel : 0);
+    uint16_t *to = &raw[row][channel];
+    if (reinterpret_cast<uintptr_t>(from) % 16 == 0 || !valid) {
+      copy_async_16(to, from, valid);
+    } else {
+      QKV_UNROLL
+      for (int j = 0; j < 8; j++) to[j] = from[j];
+    }
   }
-  QKV_UNROLL
-  for (int i = 0; i < 2; i++) {
-    if (activation == QUANTKV_F16) unpack_f16(words[i], x[2 * i], x[2 * i + 1]);
-    else unpack_bf16(words[i], x[2 * i], x[2 * i + 1]);
-  }
+  copy_async_commit();
 }
 
 // The four channels of a step that a lane multiplies lie side by side; the first of them.
 template <class Shape> QKV_DEVICE int key_channel(int step) {
   constexpr int width = Shape::kWidthK, element = Shape::kElement;
-  int byte = step * 4 * element; // in the lane's share of a row
+  const int byte = step * 4 * element; // in the lane's share of a row
   return (byte / width * 4 * width + lane_index() % 4 * width + byte % width) / element;
 }
 
-// Rows are scaled by a power of two, so that the largest element is near 2^13: a bf16 query then fits an f16 exactly,
-// but for elements below 2^-37 of the largest. A per-channel scale of K is multiplied in first.
+// Queries to operands. Rows are scaled by a power of two, so that the largest element is near 2^13: a bf16 query then
+// fits an f16 exactly, but for elements below 2^-37 of the largest. A per-channel scale of K is multiplied in first;
+// `k_scale` is the one of the head otherwise.
 template <class Shape>
-QKV_DEVICE void load_queries(DecodeQuery<Shape> &out, const AttentionParams &params, const Piece &piece) {
+QKV_DEVICE void make_query(DecodeQuery<Shape> &out, const uint16_t (&raw)[Shape::kRows][DecodeQuery<Shape>::kRawStride],
+                           const AttentionParams &params, const Piece &piece, float k_scale) {
   const quantkv_half &k = params.op.cache.k;
   const bool by_channel = is_quantized(format_of(k)) && k.scale.channel_stride != 0;
-  const float scale = by_channel ? 1.0f : static_scale(k, piece.kv_head, 0);
   QKV_NO_UNROLL
   for (int tile = 0; tile < Shape::kRowTiles; tile++) {
-    const int row = 8 * tile + lane_index() / 4, query = row / piece.num_heads;
-    const int64_t offset =
-        row_index(params.op.query, piece.first_token + query, piece.first_head + row - query * piece.num_heads);
+    const int row = 8 * tile + forget(lane_index()) / 4;
     auto load = [&](float(&x)[4], int step) {
-      int channel = key_channel<Shape>(step);
-      x[0] = x[1] = x[2] = x[3] = 0.0f;
-      if (row < piece.rows()) load_activation_x4(x, params.op.query.data, params.op.activation, offset + channel);
+      const int channel = key_channel<Shape>(step);
+      const Words<2> words = *reinterpret_cast<const Words<2> *>(&raw[row][channel]);
+      QKV_UNROLL
+      for (int i = 0; i < 2; i++) {
+        if (params.op.activation == QUANTKV_F16) unpack_f16(words.w[i], x[2 * i], x[2 * i + 1]);
+        else unpack_bf16(words.w[i], x[2 * i], x[2 * i + 1]);
+      }
       if (!by_channel) return;
       QKV_UNROLL
       for (int i = 0; i < 4; i++) x[i] *= static_scale(k, piece.kv_head, channel + i);
@@ -278,18 +101,18 @@ QKV_DEVICE void load_queries(DecodeQuery<Shape> &out, const AttentionParams &par
       power = float_of(static_cast<uint32_t>(127 + 13 - exponent) << 23);
       inverse = float_of(static_cast<uint32_t>(127 - 13 + exponent) << 23);
     }
-    QKV_UNROLL
+    QKV_NO_UNROLL
     for (int step = warp_index(); step < Shape::kSteps; step += Shape::kWarps) {
       float x[4];
       load(x, step);
       Words<2> &q = out.q[tile][step][lane_index()];
       QKV_UNROLL
       for (int i = 0; i < 2; i++) {
-        float low = x[2 * i] * power, high = x[2 * i + 1] * power;
+        const float low = x[2 * i] * power, high = x[2 * i + 1] * power;
         q.w[i] = Shape::kBf16 ? pack_bf16(low, high) : pack_f16(low, high);
       }
     }
-    if (warp_index() == 0 && lane_index() % 4 == 0) out.factor[row] = inverse * scale;
+    if (warp_index() == 0 && lane_index() % 4 == 0) out.factor[row] = inverse * (by_channel ? 1.0f : k_scale);
   }
 }
 
@@ -413,7 +236,7 @@ QKV_DEVICE void make_scores(float (&c)[RowTiles][4], const AttentionParams &para
         int head = piece.first_head + row - query * piece.num_heads;
         c[i][j] += alibi_slope(params, head) * static_cast<float>(key - position);
       }
-      if (!tile.blocks.has(piece, tile.position, token) || !visible_to(params, position)(key)) c[i][j] = negative_infinity();
+      if (!tile.halves.has(piece, tile.position, token) || !visible_to(params, position)(key)) c[i][j] = negative_infinity();
     }
   }
 }
@@ -477,13 +300,57 @@ QKV_DEVICE void make_weights(uint32_t (&p)[RowTiles][2], const float (&c)[RowTil
   }
 }
 
-// Merges the warps' states and writes the rows of the piece, or its partial state. Two barriers.
-template <class Shape, int RowTiles, bool Dynamic>
-QKV_DEVICE void finish_piece(const AttentionParams &params, const WorkList &list, const Piece &piece,
-                             DecodeState<Shape, RowTiles> &state, float *shared) {
-  constexpr int D = Shape::kSteps * 16;
+// Where a warp is in the work of its block. In shared memory, since registers are for tiles; a copy for each warp, so
+// that none waits for another.
+struct DecodeWork {
+  int64_t unit, end;
+  int32_t group;
+  bool started, found;
+  Piece pieces[2];              // this one and the next, in turn
+  int32_t whole_begin, whole_end; // positions every row of this piece sees
+  Words<2> offsets[2][kWarp];   // of each piece, a lane: DecodeTiles::offsets
+  int32_t blocks[kWarp];        // of the first batch of tiles of the next piece, a lane
+  float k_scale[kWarp];         // of the next piece's head, the same for every lane
+
+  QKV_DEVICE void begin(const WorkList &list) {
+    if (lane_index() == 0) started = false;
+    sync_warp();
+  }
+
+  // Looks for the next piece and puts it in pieces[slot].
+  QKV_DEVICE bool next(const AttentionParams &params, const WorkList &list, int slot) {
+    if (lane_index() == 0) {
+      WorkIterator work(params, list, block_index_x());
+      if (started) {
+        work.unit = unit;
+        work.end = end;
+        work.group = group;
+        work.is_first = false;
+      }
+      found = work.next(pieces[slot]);
+      started = true;
+      unit = work.unit;
+      end = work.end;
+      group = work.group;
+    }
+    sync_warp();
+    return found;
+  }
+
+  QKV_DEVICE void set_whole(const AttentionParams &params, const Piece &piece) {
+    if (lane_index() == 0) {
+      const int32_t last_first = visible_to(params, piece.first_position + piece.num_queries - 1).first;
+      whole_begin = larger_of(piece.begin, last_first);
+      whole_end = smaller_of(piece.end, piece.first_position + 1);
+    }
+    sync_warp();
+  }
+};
+
+// A warp's state to shared memory: O [warps, rows, kStride], (max, sum) [warps, rows].
+template <class Shape, int RowTiles> QKV_DEVICE void share_state(DecodeState<Shape, RowTiles> &state, float *shared) {
   const int g = lane_index() / 4, t = lane_index() % 4;
-  float *values = shared, *states = shared + Shape::kWarps * Shape::kRows * Shape::kStride;
+  float *states = shared + Shape::kWarps * Shape::kRows * Shape::kStride;
   QKV_UNROLL
   for (int i = 0; i < RowTiles; i++) {
     QKV_UNROLL
@@ -491,21 +358,43 @@ QKV_DEVICE void finish_piece(const AttentionParams &params, const WorkList &list
       float sum = state.sum[i][j];
       QKV_UNROLL
       for (int mask = 4; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-      int row = warp_index() * Shape::kRows + 8 * i + 2 * t + j;
+      const int row = warp_index() * Shape::kRows + 8 * i + 2 * t + j;
       if (g == 0) {
         states[2 * row] = state.max[i][j];
         states[2 * row + 1] = sum;
       }
       QKV_UNROLL
       for (int tile = 0; tile < Shape::kSteps; tile++) {
-        float *at = values + row * Shape::kStride + channel_of<Shape>(tile);
-        at[0] = Dynamic ? state.o[i][tile][j] * state.v_unit : state.o[i][tile][j];
-        at[1] = Dynamic ? state.o[i][tile][2 + j] * state.v_unit : state.o[i][tile][2 + j];
+        float *at = shared + row * Shape::kStride + channel_of<Shape>(tile);
+        at[0] = Shape::kDynamic ? state.o[i][tile][j] * state.v_unit : state.o[i][tile][j];
+        at[1] = Shape::kDynamic ? state.o[i][tile][2 + j] * state.v_unit : state.o[i][tile][2 + j];
       }
     }
   }
-  sync_threads();
-  for (int row = 0; row < piece.rows(); row++) {
+}
+
+// Four neighbouring activations of 16 bits.
+QKV_DEVICE void store_activation_x4(const quantkv_paged_attention &op, int64_t index, const float (&x)[4]) {
+  uint16_t *to = static_cast<uint16_t *>(op.output.data) + index;
+  Words<2> words;
+  QKV_UNROLL
+  for (int i = 0; i < 2; i++) {
+    words.w[i] = op.activation == QUANTKV_F16 ? pack_f16(x[2 * i], x[2 * i + 1]) : pack_bf16(x[2 * i], x[2 * i + 1]);
+  }
+  if (reinterpret_cast<uintptr_t>(to) % 8 == 0) {
+    *reinterpret_cast<Words<2> *>(to) = words;
+  } else {
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) to[i] = static_cast<uint16_t>(words.w[i / 2] >> 16 * (i % 2));
+  }
+}
+
+// Merges the warps' states: the rows of the piece, or its partial state. A warp takes a row at a time, a lane four
+// neighbouring channels.
+template <class Shape>
+QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, const Piece &piece, const float *shared) {
+  const float *states = shared + Shape::kWarps * Shape::kRows * Shape::kStride;
+  for (int row = forget(warp_index()); row < piece.rows(); row += Shape::kWarps) {
     float max = negative_infinity(), sum = 0.0f, weight[Shape::kWarps];
     QKV_UNROLL
     for (int warp = 0; warp < Shape::kWarps; warp++) max = maximum(max, states[2 * (warp * Shape::kRows + row)]);
@@ -515,98 +404,113 @@ QKV_DEVICE void finish_piece(const AttentionParams &params, const WorkList &list
       weight[warp] = softmax_rescale(of[0], max);
       sum += of[1] * weight[warp];
     }
-    int query = row / piece.num_heads, head = piece.first_head + row - query * piece.num_heads;
-    SoftmaxEnd end = end_of_row(params, head, max, sum);
-    for (int d = thread_index(); d < D; d += Shape::kThreads) {
-      float acc = 0.0f;
+    const int query = row / piece.num_heads, head = piece.first_head + row - query * piece.num_heads;
+    const int token = piece.first_token + query;
+    const bool whole = piece.slot < 0;
+    const SoftmaxEnd end = end_of_row(params, head, max, sum);
+    for (int channel = 4 * forget(lane_index()); channel < Shape::kDim; channel += 4 * kWarp) {
+      float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       QKV_UNROLL
       for (int warp = 0; warp < Shape::kWarps; warp++) {
-        acc += values[(warp * Shape::kRows + row) * Shape::kStride + d] * weight[warp];
+        const float *from = shared + (warp * Shape::kRows + row) * Shape::kStride + channel;
+        const Words<4> values = *reinterpret_cast<const Words<4> *>(from);
+        QKV_UNROLL
+        for (int i = 0; i < 4; i++) acc[i] += float_of(values.w[i]) * weight[warp];
       }
-      if (piece.slot < 0) {
-        float out = softmax_result(acc, end) * static_scale(params.op.cache.v, piece.kv_head, d);
-        store_activation(params.op.output.data, params.op.activation,
-                         row_index(params.op.output, piece.first_token + query, head) + d, out);
+      if (whole) {
+        QKV_UNROLL
+        for (int i = 0; i < 4; i++) {
+          acc[i] = softmax_result(acc[i], end) * static_scale(params.op.cache.v, piece.kv_head, channel + i);
+        }
+        store_activation_x4(params.op, row_index(params.op.output, token, head) + channel, acc);
       } else {
-        partial_values(list, piece.slot, row)[d] = acc;
+        Words<4> values;
+        QKV_UNROLL
+        for (int i = 0; i < 4; i++) values.w[i] = bits_of(acc[i]);
+        *reinterpret_cast<Words<4> *>(partial_values(list, piece.slot, row) + channel) = values;
       }
     }
-    if (thread_index() == 0) {
-      if (piece.slot < 0) store_lse(params, piece.first_token + query, head, end.lse);
+    if (lane_index() == 0) {
+      if (whole) store_lse(params, token, head, end.lse);
       else store_partial_state(list, piece.slot, row, max, sum);
     }
   }
-  sync_threads();
 }
-
-// Where a block is in its work. In shared memory: registers are for the tiles.
-struct DecodeCursor {
-  int64_t unit;
-  int32_t group;
-  bool ended;
-  Piece piece;
-
-  QKV_DEVICE void step(const AttentionParams &params, const WorkList &list, bool is_first) {
-    WorkIterator work(params, list, block_index_x());
-    if (!is_first) {
-      work.unit = unit;
-      work.group = group;
-      work.is_first = false;
-    }
-    ended = !work.next(piece);
-    unit = work.unit;
-    group = work.group;
-  }
-};
 
 // Grid: one block a worker of the list. Shared: Shape::kSharedBytes. Asks for: K and V of format F and head dim D, rows
 // contiguous and aligned to kWidthK and kWidthV; 16-bit activations, bf16 ones if F is bf16; rows of the list <= kRows.
+//
+// Memory must never idle: before a warp has finished a piece it has found the next one, asked for its queries, and
+// issued the loads of its first tile there.
 template <Format F, int D, int RowTiles, bool Dynamic>
 QKV_KERNEL QKV_LAUNCH_BOUNDS((DecodeShape<F, D, RowTiles, Dynamic>::kThreads), (DecodeShape<F, D, RowTiles, Dynamic>::kBlocks))
 void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_GRID_CONSTANT const WorkList list) {
 #if QKV_HAS_TENSOR_CORES
   using Shape = DecodeShape<F, D, RowTiles, Dynamic>;
-  QKV_DYNAMIC_SHARED(shared);
-  QKV_SHARED(DecodeCursor, cursor, 1);
+  using Tiles = DecodeTiles<Shape>;
+  QKV_DYNAMIC_SHARED(shared_bytes);
   QKV_SHARED(DecodeQuery<Shape>, query, 1);
+  QKV_SHARED(DecodeWork, works, Shape::kWarps);
+  float *shared = reinterpret_cast<float *>(shared_bytes);
+  DecodeWork &work = works[warp_index()];
+  const quantkv_half &k = params.op.cache.k, &v = params.op.cache.v;
   wait_for_previous_kernel();
-  for (bool is_first = true;; is_first = false) {
-    if (thread_index() == 0) cursor->step(params, list, is_first);
-    sync_threads();
-    if (cursor->ended) return;
-    const Piece &piece = cursor->piece;
-    DecodeTiles<Shape> tiles(params, piece);
-    tiles.begin_batch(0);
-    DecodeTile<Shape> tile, next;
-    TileLoader<Shape> first(tiles, 0);
-    if (tiles.count > 0) {
-      first.keys(next.k);
-      first.values(next.v);
-      if constexpr (Dynamic) first.scales(next.k_dynamic, next.v_dynamic);
-    }
-    next.blocks = first.blocks;
-    load_queries(*query, params, piece);
-    sync_threads();
-    DecodeState<Shape, RowTiles> state;
-    // Positions every row sees.
-    const int32_t last_first = visible_to(params, piece.first_position + piece.num_queries - 1).first;
-    const int32_t whole_begin = larger_of(piece.begin, last_first), whole_end = smaller_of(piece.end, piece.first_position + 1);
+  allow_next_kernel();
 
+  DecodeTile<Shape> next; // the tile on its way
+  TileLoader<Shape> loader;
+  // What can be asked for as soon as a piece is known, and its first tile.
+  auto begin_piece = [&](const Piece &piece, int slot) {
+    begin_query<Shape>(query->raw[slot], params, piece);
+    work.k_scale[lane_index()] = static_scale(k, piece.kv_head, 0);
+    work.offsets[slot][lane_index()] = Tiles(params, piece).offsets();
+    work.blocks[lane_index()] = Tiles(params, piece).find(0);
+  };
+  auto load_first = [&](const Piece &piece, int slot) {
+    loader.aim(Tiles(params, piece), work.offsets[slot][lane_index()], work.blocks[lane_index()], 0);
+    next.halves = loader.halves();
+    loader.keys(k, next.k);
+    loader.values(v, next.v);
+    if constexpr (Dynamic) loader.scales(params, next.k_dynamic, next.v_dynamic);
+  };
+  work.begin(list);
+  if (!work.next(params, list, 0)) return;
+  begin_piece(work.pieces[0], 0);
+  load_first(work.pieces[0], 0);
+  copy_async_wait<0>();
+  sync_threads();
+
+  for (int slot = 0;; slot ^= 1) {
+    const Piece &piece = work.pieces[slot], &next_piece = work.pieces[slot ^ 1];
+    make_query<Shape>(*query, query->raw[slot], params, piece, work.k_scale[lane_index()]);
+    sync_threads();
+    Tiles tiles(params, piece);
+    tiles.next_blocks = work.blocks[lane_index()];
+    tiles.begin_batch(0);
+    work.set_whole(params, piece);
+    const bool more = work.next(params, list, slot ^ 1);
+    if (more) begin_piece(next_piece, slot ^ 1);
+    if (more && tiles.count == 0) load_first(next_piece, slot ^ 1);
+
+    DecodeState<Shape, RowTiles> state;
     for (int32_t n = 0; n < tiles.count; n++) {
-      tile = next;
+      DecodeTile<Shape> tile = next;
       tile.position = tiles.position(n);
-      tile.whole = tile.position >= whole_begin && tile.position + Shape::kTile <= whole_end && tile.blocks.low >= 0 &&
-                   tile.blocks.high >= 0;
+      tile.whole = tile.position >= work.whole_begin && tile.position + Shape::kTile <= work.whole_end && tile.halves.both();
       float c[RowTiles][4];
       multiply_keys<F>(c, tile, *query);
-      const bool more = n + 1 < tiles.count;
-      if (((n + 1) & (tiles.batch() - 1)) == 0) tiles.begin_batch(n + 1);
-      if (more) {
-        TileLoader<Shape> loader(tiles, n + 1);
-        next.blocks = loader.blocks;
-        loader.keys(next.k);
-        if constexpr (Shape::kValuesAhead) loader.values(next.v);
-        if constexpr (Dynamic) loader.scales(next.k_dynamic, next.v_dynamic);
+      const bool is_last = n + 1 == tiles.count, load = !is_last || work.found;
+      if (is_last) {
+        if (load) loader.aim(Tiles(params, next_piece), work.offsets[slot ^ 1][lane_index()], work.blocks[lane_index()], 0);
+      } else {
+        if (((n + 1) & (tiles.batch() - 1)) == 0) tiles.begin_batch(n + 1);
+        loader.aim(tiles, work.offsets[slot][lane_index()], tiles.blocks, n + 1);
+      }
+      if (load) {
+        next.halves = loader.halves();
+        loader.keys(k, next.k);
+        if constexpr (Shape::kValuesAhead) loader.values(v, next.v);
+        if constexpr (Dynamic) loader.scales(params, next.k_dynamic, next.v_dynamic);
       }
       if (!tile.whole) tile.drop_missing(piece);
       make_scores<Shape, RowTiles, Dynamic>(c, params, piece, tile, query->factor);
@@ -614,10 +518,14 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
       make_weights<Shape, RowTiles, Dynamic>(p, c, state, tile);
       multiply_values<F>(state.o, tile, p);
       if constexpr (!Shape::kValuesAhead) {
-        if (more) TileLoader<Shape>(tiles, n + 1).values(next.v);
+        if (load) loader.values(v, next.v);
       }
     }
-    finish_piece<Shape, RowTiles, Dynamic>(params, list, piece, state, reinterpret_cast<float *>(shared));
+    share_state(state, shared);
+    copy_async_wait<0>();
+    sync_threads();
+    write_rows<Shape>(params, list, piece, shared);
+    if (!more) return;
   }
 #endif
 }

@@ -19,6 +19,8 @@ namespace quantkv {
 
 // ---- bits and floats (the build has -ffp-contract=off)
 
+inline int forget(int x) { return x; }
+
 inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
 inline float float_of(uint32_t bits) { return std::bit_cast<float>(bits); }
 

@@ -1,0 +1,202 @@
+// The decode kernel's way from the cache to registers: its numbers, tiles of 16 tokens, and their loads. The idea is in
+// paged_attention_decode.h.
+#pragma once
+#include "../core/fp8.h"
+#include "paged_attention.h"
+
+namespace quantkv {
+
+// No scale is smaller: 2^-126.
+constexpr float kSmallestScale = 1.17549435e-38f;
+
+// Bytes of one load, where `lanes` lanes share `bytes`.
+constexpr int load_width(int bytes, int lanes) {
+  return bytes / lanes % 16 == 0 ? 16 : bytes / lanes % 8 == 0 ? 8 : 4;
+}
+
+// The numbers of one instantiation: format F of K and V, head dim D of both, tiles of 8 query rows, dynamic scales.
+template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
+  static_assert(F != Format::F32, "f32 is not a tensor core type here");
+  static_assert(D % 32 == 0, "a lane's share of a V row is whole words");
+  static_assert(!Dynamic || is_quantized(F), "only quantized rows have scales");
+  static constexpr int kElement = bytes_of(F);
+  static constexpr int kTile = 16;
+  static constexpr int kDim = D;
+  static constexpr bool kDynamic = Dynamic;
+  static constexpr int kWarps = 4;
+  static constexpr int kRowTiles = RowTiles;
+  static constexpr int kThreads = kWarps * kWarp;
+  static constexpr int kRows = 8 * RowTiles;
+  static constexpr int kWidthK = load_width(D * kElement, 4);
+  static constexpr int kWidthV = load_width(D * kElement, 8);
+  static constexpr int kWordsK = D * kElement / 16; // of one K row, a lane
+  static constexpr int kWordsV = D * kElement / 32; // of one V row, a lane
+  static constexpr int kSteps = D / 16;             // of S; also 16-channel tiles of O^T
+  static constexpr bool kBf16 = F == Format::BF16;  // bf16 products; else f16
+
+  // What a lane keeps: O, K, V, and what softmax needs. Two tiles of V (the one in use, the one on its way) are better,
+  // where 3 blocks an SM have the registers for them. Measured limits: nothing spills.
+  static constexpr int kKept = RowTiles * (kSteps * 4 + 12) + 2 * kWordsK + 4 * kWordsV + (Dynamic ? 8 : 0);
+  static constexpr int kWithAhead = kKept + 4 * kWordsV;
+  static constexpr int kBlocks = kWithAhead <= 92 ? 4 : kWithAhead <= 120 || kKept <= 104 ? 3 : 2;
+  static constexpr bool kValuesAhead = kWithAhead <= (kBlocks == 3 ? 120 : 200);
+  static constexpr bool kFits = kKept <= 200;
+
+  // Shared memory: O [warps, rows, kStride] f32, then (max, sum) [warps, rows]. The pad keeps rows on different banks.
+  static constexpr int kStride = D + 4;
+  static constexpr int kSharedBytes = 4 * kWarps * kRows * (kStride + 2);
+};
+
+// The tiles one warp attends to in a piece, and where they lie. Offsets inside a block fit 32 bits.
+template <class Shape> struct DecodeTiles {
+  const AttentionParams &params;
+  const Piece &piece;           // in shared memory
+  int32_t first;                // number of the warp's first tile: position / 16
+  int32_t count;                // of this warp
+  int32_t blocks, next_blocks;  // of a batch of tiles, and of the one after it
+
+  // Does not look up any block yet.
+  QKV_DEVICE DecodeTiles(const AttentionParams &params, const Piece &piece) : params(params), piece(piece) {
+    first = piece.begin / Shape::kTile + warp_index();
+    int32_t end = piece.end / Shape::kTile + (piece.end % Shape::kTile != 0);
+    count = (end - first + Shape::kWarps - 1) / Shape::kWarps;
+  }
+
+  // Bytes from a block's first row to this lane's part of row g of K, and of row 2t of V.
+  QKV_DEVICE Words<2> offsets() const {
+    const quantkv_cache &cache = params.op.cache;
+    const uint32_t g = lane_index() / 4, t = lane_index() % 4;
+    return {{bytes(piece.kv_head * cache.k.map.head_stride + g * cache.k.map.slot_stride) + t * Shape::kWidthK,
+             bytes(piece.kv_head * cache.v.map.head_stride + 2 * t * cache.v.map.slot_stride) + g * Shape::kWidthV}};
+  }
+
+  static QKV_DEVICE uint32_t bytes(int64_t elements) { return static_cast<uint32_t>(elements) * Shape::kElement; }
+
+  QKV_DEVICE bool halved() const { return params.paging.block_shift == 3; }
+
+  // Tiles of a batch: a lane keeps the block of one, or of half a one if blocks have 8 slots.
+  QKV_DEVICE int32_t batch() const { return halved() ? kWarp / 2 : kWarp; }
+
+  QKV_DEVICE int32_t position(int32_t n) const { return (first + n * Shape::kWarps) * Shape::kTile; }
+
+  // This lane's block of the batch that begins with tile n.
+  QKV_DEVICE int32_t find(int32_t n) const {
+    n += halved() ? lane_index() / 2 : lane_index();
+    if (n >= count) return -1;
+    int32_t at = position(n) + (halved() ? 8 * (lane_index() % 2) : 0);
+    int32_t size = halved() ? 8 : Shape::kTile;
+    return at < piece.end && at + size > piece.begin ? block_of(params, piece.seq, at >> params.paging.block_shift) : -1;
+  }
+
+  // Makes `blocks` those of the batch that begins with tile n, and asks for the next.
+  QKV_DEVICE void begin_batch(int32_t n) {
+    blocks = next_blocks;
+    next_blocks = find(n + batch());
+  }
+};
+
+// Which halves of a tile lie in blocks of the cache: bit 0 tokens 0-7, bit 1 tokens 8-15.
+struct TileHalves {
+  int32_t bits;
+
+  QKV_DEVICE bool both() const { return bits == 3; }
+  // Whether `token` of the tile at `position` is one the piece has keys of.
+  QKV_DEVICE bool has(const Piece &piece, int32_t position, int32_t token) const {
+    return (bits >> token / 8 & 1) != 0 && position + token >= piece.begin && position + token < piece.end;
+  }
+};
+
+template <int Width, int Words, int Lanes> QKV_DEVICE void load_row(uint32_t (&out)[Words], const unsigned char *row) {
+  constexpr int count = Width / 4;
+  QKV_UNROLL
+  for (int i = 0; i < Words / count; i++) {
+    auto words = load_stream(reinterpret_cast<const quantkv::Words<count> *>(row + i * Lanes * Width));
+    QKV_UNROLL
+    for (int j = 0; j < count; j++) out[i * count + j] = words.w[j];
+  }
+}
+
+// A tile on its way to a lane's registers. No load waits for a decision: rows the piece does not have are read from
+// where they would be, or from block 0, and made harmless when they are used.
+template <class Shape> struct TileLoader {
+  int32_t low, high;        // blocks of tokens 0-7 and 8-15; negative: not in the cache
+  uint32_t slot, slot_high; // of token 0, of token 8
+  Words<2> offsets;
+  int32_t kv_head;
+
+  // Tile n of a piece, with the blocks of its batch.
+  QKV_DEVICE void aim(const DecodeTiles<Shape> &tiles, Words<2> lane_offsets, int32_t batch_blocks, int32_t n) {
+    const bool halved = tiles.halved();
+    const int32_t in_batch = n & (tiles.batch() - 1);
+    low = shuffle(batch_blocks, halved ? 2 * in_batch : in_batch);
+    high = shuffle(batch_blocks, halved ? 2 * in_batch + 1 : in_batch);
+    slot = tiles.position(n) & ((1u << tiles.params.paging.block_shift) - 1);
+    slot_high = halved ? 0 : slot + 8;
+    offsets = lane_offsets;
+    kv_head = tiles.piece.kv_head;
+  }
+
+  QKV_DEVICE TileHalves halves() const { return {(low >= 0 ? 1 : 0) | (high >= 0 ? 2 : 0)}; }
+
+  // The row of a half tile's first token, with a lane's offset.
+  QKV_DEVICE const unsigned char *row(const quantkv_half &half, bool upper, uint32_t offset) const {
+    const int64_t block = larger_of(upper ? high : low, 0);
+    const uint32_t inside = offset + (upper ? slot_high : slot) * DecodeTiles<Shape>::bytes(half.map.slot_stride);
+    return static_cast<const unsigned char *>(half.codes) + block * (half.map.block_stride * Shape::kElement) + inside;
+  }
+
+  // Tokens g, g + 8.
+  QKV_DEVICE void keys(const quantkv_half &k, uint32_t (&out)[2][Shape::kWordsK]) const {
+    QKV_UNROLL
+    for (int i = 0; i < 2; i++) load_row<Shape::kWidthK, Shape::kWordsK, 4>(out[i], row(k, i == 1, offsets.w[0]));
+  }
+
+  // Tokens 2t, 2t + 1, 2t + 8, 2t + 9.
+  QKV_DEVICE void values(const quantkv_half &v, uint32_t (&out)[4][Shape::kWordsV]) const {
+    QKV_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const unsigned char *first = row(v, i == 1, offsets.w[1]);
+      load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[2 * i], first);
+      load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[2 * i + 1], first + DecodeTiles<Shape>::bytes(v.map.slot_stride));
+    }
+  }
+
+  // Scales of tokens g, g + 8.
+  QKV_DEVICE void scales(const AttentionParams &params, float (&k)[2], float (&v)[2]) const {
+    const quantkv_cache &cache = params.op.cache;
+    QKV_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const int64_t index = dynamic_scale_index(params.paging, larger_of(i ? high : low, 0), kv_head,
+                                                (i ? slot_high : slot) + lane_index() / 4);
+      k[i] = cache.k.dynamic != nullptr ? cache.k.dynamic[index] : 1.0f;
+      v[i] = cache.v.dynamic != nullptr ? cache.v.dynamic[index] : 1.0f;
+    }
+  }
+};
+
+// The tile in use.
+template <class Shape> struct DecodeTile {
+  uint32_t k[2][Shape::kWordsK], v[4][Shape::kWordsV];
+  float k_dynamic[2], v_dynamic[2];
+  TileHalves halves;
+  int32_t position;
+  bool whole; // every token is there and every row sees it
+
+  // Zeroes what no product may meet: values of tokens the piece does not have, whatever bits are there. Their weight is
+  // zero, but zero times NaN is not. (Their keys do no harm: the score is replaced.)
+  QKV_DEVICE void drop_missing(const Piece &piece) {
+    const int g = lane_index() / 4, t = lane_index() % 4;
+    QKV_UNROLL
+    for (int row = 0; row < 4; row++) {
+      if (halves.has(piece, position, 8 * (row / 2) + 2 * t + row % 2)) continue;
+      QKV_UNROLL
+      for (int i = 0; i < Shape::kWordsV; i++) v[row][i] = 0;
+    }
+    QKV_UNROLL
+    for (int half = 0; half < 2; half++) {
+      if (!halves.has(piece, position, 8 * half + g)) v_dynamic[half] = kSmallestScale;
+    }
+  }
+};
+
+} // namespace quantkv
