@@ -135,6 +135,36 @@ impl Config {
         parse(&Object { path, prefix: "", map: &map })
     }
 
+    /// Reads a configuration that is not in a file of its own.
+    pub(crate) fn from_object(root: &Object<'_>) -> Result<Config> {
+        parse(root)
+    }
+
+    /// Weights of the model: matrices, norms and biases. Saturates.
+    pub fn num_parameters(&self) -> usize {
+        let width = |heads: usize| heads.saturating_mul(self.head_dim);
+        let (q, kv) = (width(self.num_heads), width(self.num_kv_heads));
+        let (hidden, inner) = (self.hidden_size, self.intermediate_size);
+        // (outputs, inputs, bias) of each linear layer.
+        let linear = [
+            (q, hidden, self.qkv_bias),
+            (kv, hidden, self.qkv_bias),
+            (kv, hidden, self.qkv_bias),
+            (hidden, q, self.o_bias),
+            (inner, hidden, self.mlp_bias),
+            (inner, hidden, self.mlp_bias),
+            (hidden, inner, self.mlp_bias),
+        ];
+        let size = |(outputs, inputs, bias): (usize, usize, bool)| {
+            outputs.saturating_mul(inputs).saturating_add(if bias { outputs } else { 0 })
+        };
+        let norms = 2 * hidden + if self.qk_norm { 2 * self.head_dim } else { 0 };
+        let layer = linear.into_iter().map(size).fold(norms, usize::saturating_add);
+        let tables = if self.tie_word_embeddings { 1 } else { 2 };
+        let embeddings = self.vocab_size.saturating_mul(hidden).saturating_mul(tables);
+        layer.saturating_mul(self.num_layers).saturating_add(embeddings).saturating_add(hidden)
+    }
+
     /// Query heads that share a KV head.
     pub fn group_size(&self) -> usize {
         self.num_heads / self.num_kv_heads

@@ -8,7 +8,7 @@
 //! weights           mmap'ed safetensors, one file or sharded, kept as stored
 //! compute           the few operations that are not the cache's: a backend implements them
 //! batch, model      one step: token ids, slots, block tables in, logits or greedy tokens out
-//! random            weights made up, to measure models that were not downloaded
+//! random, known     weights made up for well-known shapes, to measure models without their download
 //! tokenizer, chat   text -> token ids and back
 //! sampling          logits -> next token
 //! kv_scales         which static scales the cache gets
@@ -33,6 +33,7 @@ mod cpu_ops;
 pub mod cuda;
 pub mod engine;
 pub(crate) mod json;
+pub mod known;
 pub mod kv_scales;
 mod loader;
 pub mod model;

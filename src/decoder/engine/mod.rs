@@ -19,7 +19,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Instant;
 
-pub use request::{Event, FinishReason, Output, Request, Stats};
+pub use request::{Event, FinishReason, LastStep, Output, Request, Stats};
 use scheduler::{Limits, Move, Row, Scheduler, Step};
 use sequence::Sequence;
 
@@ -86,6 +86,7 @@ pub struct Engine<'m, B: Compute<A>, A: Element = f32> {
     requests: Vec<(Request, Vec<Output>)>,
     scales_pending: bool,
     stats: Stats,
+    last_step: LastStep,
     batch: Batch,
 }
 
@@ -120,6 +121,7 @@ impl<'m, B: Compute<A>, A: Element> Engine<'m, B, A> {
             host: None,
             requests: Vec::new(),
             stats: Stats::default(),
+            last_step: LastStep::default(),
             batch: Batch::new(),
             model,
             tokenizer,
@@ -136,6 +138,11 @@ impl<'m, B: Compute<A>, A: Element> Engine<'m, B, A> {
     /// Counters so far.
     pub fn stats(&self) -> Stats {
         Stats { blocks_peak: self.scheduler.pool.peak_in_use(), ..self.stats }
+    }
+
+    /// What the latest step computed, and how long it took.
+    pub fn last_step(&self) -> LastStep {
+        self.last_step
     }
 
     /// Blocks that sequences use now; blocks kept for sharing alone are not among them.
@@ -248,6 +255,7 @@ impl<'m, B: Compute<A>, A: Element> Engine<'m, B, A> {
         // that they do not depend on what else was asked.
         let step = self.scheduler.schedule(self.scales_pending)?;
         self.stats.steps += 1;
+        self.last_step = LastStep::default();
         self.stats.shared_tokens += step.shared_tokens;
         self.stats.recomputed += step.recomputed;
         self.move_blocks(&step.moves)?;
@@ -396,6 +404,12 @@ impl<'m, B: Compute<A>, A: Element> Engine<'m, B, A> {
         let prefill: usize = step.rows.iter().filter(|row| row.prefill).map(|row| row.len).sum();
         let all: usize = step.rows.iter().map(|row| row.len).sum();
         let share = prefill as f64 / all as f64;
+        self.last_step = LastStep {
+            prefill_tokens: prefill,
+            decode_tokens: all - prefill,
+            cached_tokens: self.batch.seq_lens.iter().map(|len| *len as usize).sum(),
+            seconds,
+        };
         self.stats.prefill_tokens += prefill;
         self.stats.prefill_seconds += seconds * share;
         self.stats.decode_tokens += all - prefill;

@@ -72,6 +72,19 @@ pub struct Event<'a> {
     pub finish_reason: Option<FinishReason>,
 }
 
+/// One step of an engine.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct LastStep {
+    /// Prompt tokens computed.
+    pub prefill_tokens: usize,
+    /// Sequences that got one token more.
+    pub decode_tokens: usize,
+    /// Tokens in the cache of all sequences of the step: what attention read in each layer.
+    pub cached_tokens: usize,
+    /// Seconds from the decision what to compute to the last token sampled.
+    pub seconds: f64,
+}
+
 /// Counters of an engine.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Stats {
