@@ -31,6 +31,9 @@ fn generate() -> Command {
             if profile.ends_with("release") {
                 cargo.arg("--release");
             }
+            if cfg!(feature = "cuda") {
+                cargo.args(["--features", "cuda"]);
+            }
             assert!(cargo.status().unwrap().success(), "the example could not be built");
         }
         program
@@ -96,9 +99,10 @@ fn without_arguments_it_recalls_and_shows_the_cost() {
 fn json_has_the_documented_fields() {
     let (object, _) = json(&[]);
     let keys = |value: &Value| value.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
-    assert_eq!(keys(&object), ["model", "device", "kv_cache_dtype", "requests", "kv_cache", "timing"]);
+    assert_eq!(keys(&object), ["model", "device", "activations", "kv_cache_dtype", "requests", "kv_cache", "timing"]);
     assert!(object["model"].as_str().unwrap().ends_with("models/tales-3m"));
     assert_eq!((object["device"].as_str(), object["kv_cache_dtype"].as_str()), (Some("cpu"), Some("fp8_e4m3")));
+    assert_eq!(object["activations"], "f32");
     let request = &object["requests"][0];
     assert_eq!(keys(request), ["prompt", "prompt_token_ids", "outputs"]);
     assert!(request["prompt"].as_str().unwrap().ends_with("Where is Tom's coin?"));
@@ -123,7 +127,7 @@ fn json_has_the_documented_fields() {
     assert_eq!((cache["bytes_per_token"].as_u64(), cache["bytes_per_token_auto"].as_u64()), (Some(1024), Some(2048)));
     assert_eq!(cache["k_scale"], serde_json::json!([[1.0], [1.0], [1.0], [1.0]]));
     let timing = &object["timing"];
-    assert_eq!(keys(timing), ["prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds"]);
+    assert_eq!(keys(timing), ["prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds", "decode_steps"]);
     assert_eq!(timing["prefill_tokens"], 35);
     assert!(timing["prefill_seconds"].is_f64() && timing["decode_seconds"].is_f64());
 }
@@ -348,7 +352,19 @@ fn what_is_wrong_is_one_line_and_exit_code_2() {
         (vec!["--prompt", "x", "--prompt-ids", "1"], "cannot be used with"),
         (vec!["--no-such-flag"], "--no-such-flag"),
         (vec!["stray"], "stray"),
-        (vec!["--device", "cuda"], "cpu"),
+        (vec!["--device", "gpu"], "cuda:N"),
+        (vec!["--device", "cuda:-1"], "cuda:N"),
+        // No machine has so many; a build without CUDA and one without a driver name the backend too.
+        (vec!["--device", "cuda:4096"], "cuda"),
+        (vec!["--activations", "bf16"], "f32"),
+        (vec!["--activations", "f8"], "--activations"),
+        (vec!["--products", "blas"], "cublaslt"),
+        (vec!["--random-weights", "gpt-9", "--prompt-length", "3"], "llama-3.1-8b"),
+        (vec!["--random-weights", "llama-3.1-8b"], "--prompt-length"),
+        (vec!["--random-weights", "llama-3.1-8b", "--prompt", "x"], "cannot be used with"),
+        (vec!["--random-weights", "llama-3.1-8b", "--model", "x"], "cannot be used with"),
+        (vec!["--prompt-length", "0"], "at least 1"),
+        (vec!["--batch", "2"], "--prompt-length"),
         (vec!["--kv-cache-dtype", "int3"], "fp8_e5m2"),
         (vec!["--max-tokens", "0"], "at least 1"),
         (vec!["--max-tokens", "-3"], "--max-tokens"),
@@ -392,6 +408,38 @@ fn what_is_wrong_is_one_line_and_exit_code_2() {
     fs::remove_dir_all(dir).unwrap();
 }
 
+/// The shape of a folder, weights from the seed: sequences of the length asked for, that share nothing
+/// and do not stop early; and the numbers of their steps.
+#[test]
+fn random_weights_measure_steps() {
+    let micro = micro();
+    let flags = ["--random-weights", &micro, "--prompt-length", "40", "--batch", "3", "--max-tokens", "10"];
+    let (object, stderr) = json(&flags);
+    assert!(stderr.is_empty(), "{stderr}");
+    let requests = object["requests"].as_array().unwrap();
+    assert_eq!(requests.len(), 3);
+    for request in requests {
+        assert_eq!(request["prompt_token_ids"].as_array().unwrap().len(), 40);
+        assert_eq!(request["outputs"][0]["token_ids"].as_array().unwrap().len(), 10);
+    }
+    assert_ne!(requests[0]["prompt_token_ids"], requests[1]["prompt_token_ids"]);
+    let steps = &object["timing"]["decode_steps"];
+    // The first token comes from the prefill.
+    assert_eq!((steps["count"].as_u64(), steps["batch"].as_u64()), (Some(9), Some(3)));
+    assert_eq!((steps["first_context"].as_f64(), steps["last_context"].as_f64()), (Some(41.0), Some(49.0)));
+    let bytes = object["kv_cache"]["bytes_per_token"].as_f64().unwrap();
+    assert_eq!(steps["kv_bytes"].as_f64(), Some(45.0 * 3.0 * bytes));
+    let (median, fastest) = (steps["median_ms"].as_f64().unwrap(), steps["fastest_ms"].as_f64().unwrap());
+    assert!(0.0 < fastest && fastest <= median);
+
+    let tokens = |object: &Value| object["requests"][0]["outputs"][0]["token_ids"].clone();
+    assert_eq!(tokens(&json(&flags).0), tokens(&object), "the same seed, the same model");
+    assert_ne!(tokens(&json(&[&flags[..], &["--seed", "1"]].concat()).0), tokens(&object));
+
+    let (table, _) = text(&flags);
+    assert!(table.contains("decode step") && table.contains("3 sequences"), "{table}");
+}
+
 #[test]
 fn a_reader_that_leaves_is_no_panic() {
     let mut child = generate()
@@ -412,6 +460,8 @@ fn help_and_version_are_on_standard_output() {
     let (help, stderr) = text(&["--help"]);
     assert!(stderr.is_empty());
     for flag in [
+        "--device",
+        "--random-weights",
         "--model",
         "--prompt-ids",
         "--prompts-file",

@@ -3,17 +3,23 @@
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser};
+use quantkv::DType;
 
 /// Generate text with a Hugging Face model through a quantized paged KV cache.
 #[derive(Debug, Parser)]
 #[command(name = "generate", version, max_term_width = 100)]
-#[command(group = ArgGroup::new("prompts").args(["prompt", "prompt_ids", "prompts_file"]))]
+#[command(group = ArgGroup::new("prompts").args(["prompt", "prompt_ids", "prompts_file", "prompt_length"]))]
 #[command(group = ArgGroup::new("scales").args(["calculate_kv_scales", "scales_file"]))]
 #[command(group = ArgGroup::new("pool").args(["num_blocks", "kv_memory"]))]
 pub struct Args {
     /// Model folder: config.json, *.safetensors, tokenizer.json [default: the bundled models/tales-3m]
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
+
+    /// Make up the weights of a model of this shape, to measure steps: llama-3.1-8b, qwen3-8b, ..., or
+    /// a folder with a config.json
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["model", "prompt", "prompts_file", "chat", "scales_file", "stop"])]
+    pub random_weights: Option<String>,
 
     /// Prompt text; may be given several times
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
@@ -27,8 +33,16 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub prompts_file: Option<PathBuf>,
 
+    /// Prompts of this many random tokens, without end-of-sequence tokens to stop at
+    #[arg(long, value_name = "N", value_parser = positive, allow_negative_numbers = true)]
+    pub prompt_length: Option<usize>,
+
+    /// How many prompts of --prompt-length
+    #[arg(long, value_name = "N", default_value = "1", value_parser = positive, requires = "prompt_length", allow_negative_numbers = true)]
+    pub batch: usize,
+
     /// Treat each prompt as a user's message and render it with the model's chat template
-    #[arg(long, conflicts_with = "prompt_ids")]
+    #[arg(long, conflicts_with_all = ["prompt_ids", "prompt_length"])]
     pub chat: bool,
 
     /// Tokens to generate at most [default: generation_config.json's max_new_tokens, else 128]
@@ -91,9 +105,21 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub scales_file: Option<PathBuf>,
 
-    /// Where to run
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = ["cpu"])]
-    pub device: String,
+    /// Where to run: cpu, cuda (the first device) or cuda:N
+    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
+    pub device: Device,
+
+    /// What activations are computed in; auto is the model's own dtype on CUDA, f32 on the CPU
+    #[arg(long, value_name = "DTYPE", default_value = "auto")]
+    pub activations: Activations,
+
+    /// Who multiplies matrices on CUDA; auto is cuBLASLt where it is installed
+    #[arg(long, value_name = "WHO", default_value = "auto", value_parser = ["auto", "cublaslt", "portable"])]
+    pub products: String,
+
+    /// Do not record and replay decode steps as CUDA graphs
+    #[arg(long)]
+    pub no_graphs: bool,
 
     /// Tokens in a block of the cache: a power of two from 8 to 256
     #[arg(long, value_name = "B", default_value_t = 16, allow_negative_numbers = true)]
@@ -103,7 +129,8 @@ pub struct Args {
     #[arg(long, value_name = "N", value_parser = positive, allow_negative_numbers = true)]
     pub num_blocks: Option<usize>,
 
-    /// Memory for the cache, such as 64MiB, 1GiB, 500MB or bytes [default: 64MiB]
+    /// Memory for the cache, such as 64MiB, 1GiB, 500MB or bytes [default: 64MiB, or what --prompt-length
+    /// needs]
     #[arg(long, value_name = "SIZE", value_parser = size, allow_negative_numbers = true)]
     pub kv_memory: Option<usize>,
 
@@ -126,6 +153,55 @@ pub struct Args {
     /// Run the prompts under auto, fp8_e4m3 and fp8_e5m2 and print them side by side
     #[arg(long)]
     pub compare: bool,
+}
+
+/// `--device`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Device {
+    Cpu,
+    /// The device of this number.
+    Cuda(usize),
+}
+
+fn device(text: &str) -> Result<Device, String> {
+    let number = |text: &str| text.parse().ok();
+    match text.split_once(':') {
+        None if text == "cpu" => Some(Device::Cpu),
+        None if text == "cuda" => Some(Device::Cuda(0)),
+        Some(("cuda", ordinal)) => number(ordinal).map(Device::Cuda),
+        _ => None,
+    }
+    .ok_or_else(|| "expected cpu, cuda or cuda:N".into())
+}
+
+/// `--activations`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Activations {
+    Auto,
+    F32,
+    F16,
+    Bf16,
+}
+
+impl Activations {
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub fn dtype(self) -> Option<DType> {
+        match self {
+            Activations::Auto => None,
+            Activations::F32 => Some(DType::F32),
+            Activations::F16 => Some(DType::F16),
+            Activations::Bf16 => Some(DType::BF16),
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Activations::Auto => "auto",
+            Activations::F32 => "f32",
+            Activations::F16 => "f16",
+            Activations::Bf16 => "bf16",
+        }
+    }
 }
 
 /// Ids of one prompt. (A newtype: clap would take a `Vec` for repeated values.)

@@ -4,11 +4,15 @@
 //! cargo run --release --example generate
 //! cargo run --release --example generate -- --model DIR --prompt "Once" --kv-cache-dtype fp8_e5m2
 //! cargo run --release --example generate -- --compare
+//! cargo run --release --features cuda --example generate -- --device cuda --random-weights llama-3.1-8b \
+//!     --prompt-length 1000 --batch 16
 //! ```
-//! `args.rs` is the command line, `setup.rs` what is loaded and how it is run, `print.rs` text and
-//! tables, `report.rs` the JSON object. Any error is one line on stderr and exit code 2.
+//! `args.rs` is the command line, `device.rs` the backend, `setup.rs` what is loaded and how it is run,
+//! `print.rs` text and tables, `report.rs` the JSON object. Any error is one line on stderr and exit
+//! code 2.
 
 mod args;
+mod device;
 mod print;
 mod report;
 mod setup;
@@ -19,10 +23,11 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use quantkv::KvCacheDtype;
-use quantkv::decoder::Engine;
+use quantkv::decoder::{Compute, Engine};
+use quantkv::{Element, KvCacheDtype};
 
 use args::Args;
+use device::Machine;
 use print::Printer;
 use report::RunReport;
 use setup::Session;
@@ -85,36 +90,52 @@ fn note(kind: &str, message: &str) {
 }
 
 fn run(args: &Args) -> Result<(), Failure> {
-    let spinner = progress(None);
-    let session = Session::load(args);
-    spinner.finish_and_clear();
-    let mut session = session?;
+    device::run(args, Generate(args))
+}
 
-    if args.compare {
-        let formats = ["auto", "fp8_e4m3", "fp8_e5m2"];
-        let mut runs = Vec::new();
-        for name in formats {
-            runs.push(generate(args, &mut session, name, true)?);
+struct Generate<'a>(&'a Args);
+
+impl device::Job for Generate<'_> {
+    fn run<B: Compute<A> + Machine, A: Element>(self, source: setup::Source, backend: B) -> Result<(), Failure> {
+        let args = self.0;
+        let spinner = progress(None);
+        let session = Session::load(args, source, backend);
+        spinner.finish_and_clear();
+        let mut session: Session<B, A> = session?;
+
+        if args.compare {
+            let formats = ["auto", "fp8_e4m3", "fp8_e5m2"];
+            let mut runs = Vec::new();
+            for name in formats {
+                runs.push(generate(args, &mut session, name, true)?);
+            }
+            let mut out = io::stdout().lock();
+            return match args.json {
+                true => writeln!(out, "{}", report::compare_json(&session, &runs)).map_err(Failure::Output),
+                false => print::compare_table(&mut out, &session, &runs).map_err(Failure::Output),
+            };
         }
-        let mut out = io::stdout().lock();
-        return match args.json {
-            true => writeln!(out, "{}", report::compare_json(&session, &runs)).map_err(Failure::Output),
-            false => print::compare_table(&mut out, &session, &runs).map_err(Failure::Output),
-        };
-    }
 
-    let name = args.kv_cache_dtype.as_str();
-    let report = generate(args, &mut session, name, args.json)?;
-    let mut out = io::stdout().lock();
-    match args.json {
-        true => writeln!(out, "{}", report::json(&session, &report))?,
-        false => print::closing_table(&mut out, &session, &report)?,
+        let name = args.kv_cache_dtype.as_str();
+        // Random tokens are no text to read.
+        let silent = args.json || args.prompt_length.is_some();
+        let report = generate(args, &mut session, name, silent)?;
+        let mut out = io::stdout().lock();
+        match args.json {
+            true => writeln!(out, "{}", report::json(&session, &report))?,
+            false => print::closing_table(&mut out, &session, &report)?,
+        }
+        Ok(out.flush()?)
     }
-    Ok(out.flush()?)
 }
 
 /// Runs all prompts through one cache, and unless `silent` prints text as it comes.
-fn generate(args: &Args, session: &mut Session, dtype: &str, silent: bool) -> Result<RunReport, Failure> {
+fn generate<B: Compute<A> + Machine, A: Element>(
+    args: &Args,
+    session: &mut Session<B, A>,
+    dtype: &str,
+    silent: bool,
+) -> Result<RunReport, Failure> {
     let dtype: KvCacheDtype = dtype.parse()?;
     let plan = session.plan(args, dtype)?;
     let requests = session.requests(args)?;
@@ -130,6 +151,7 @@ fn generate(args: &Args, session: &mut Session, dtype: &str, silent: bool) -> Re
     warnings.for_each(|text| note("warning", &text));
     let mut printer = if silent { Printer::silent() } else { Printer::new(prompts, args.n) };
     let bar = progress(Some(prompt_tokens).filter(|tokens| *tokens > args.max_prefill_tokens));
+    let mut steps = Vec::new();
     while engine.has_work() {
         let mut written = Ok(());
         engine.step(|event| {
@@ -141,12 +163,13 @@ fn generate(args: &Args, session: &mut Session, dtype: &str, silent: bool) -> Re
             }
         })?;
         written?;
+        steps.push(engine.last_step());
         let stats = engine.stats();
         bar.set_position((stats.prefill_tokens + stats.shared_tokens) as u64);
     }
     bar.finish_and_clear();
     printer.finish()?;
-    Ok(RunReport::new(&engine, dtype, &plan, prompts.len())?)
+    Ok(RunReport::new(&engine, dtype, &plan, prompts.len(), &steps)?)
 }
 
 /// A bar over `total` prompt tokens, or a spinner for loading; neither unless stderr is a terminal.

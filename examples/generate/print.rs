@@ -5,6 +5,8 @@
 
 use std::io::{self, Write};
 
+use quantkv::Element;
+use quantkv::decoder::Compute;
 use quantkv::decoder::engine::Event;
 
 use crate::report::RunReport;
@@ -90,15 +92,20 @@ impl Printer {
 }
 
 /// Speeds and the cost of the cache.
-pub fn closing_table(out: &mut impl Write, session: &Session, run: &RunReport) -> io::Result<()> {
+pub fn closing_table<B: Compute<A>, A: Element>(
+    out: &mut impl Write,
+    session: &Session<B, A>,
+    run: &RunReport,
+) -> io::Result<()> {
     let stats = &run.stats;
     let config = session.model.config();
     let share = 100.0 * run.bytes_per_token as f64 / run.bytes_per_token_auto as f64;
     let tokens = run.num_blocks * run.block_size;
     let tokens_auto = run.cache_bytes / (run.bytes_per_token_auto * run.block_size) * run.block_size;
     let mut rows = vec![
-        ("model", format!("{}, {}, {} layers", session.model_dir.display(), session.model.dtype(), config.num_layers)),
-        ("KV cache", format!("{} in blocks of {} tokens, on the CPU", run.format, run.block_size)),
+        ("model", format!("{}, {}, {} layers", session.name, session.model.dtype(), config.num_layers)),
+        ("device", format!("{}, activations in {}", session.device_description, A::DTYPE)),
+        ("KV cache", format!("{} in blocks of {} tokens", run.format, run.block_size)),
         ("prefill", speed(stats.prefill_tokens, stats.prefill_seconds)),
         ("decode", speed(stats.decode_tokens, stats.decode_seconds)),
         ("KV bytes per token", format!("{}, {share:.1} % of auto's {}", run.bytes_per_token, run.bytes_per_token_auto)),
@@ -118,6 +125,20 @@ pub fn closing_table(out: &mut impl Write, session: &Session, run: &RunReport) -
             ),
         ),
     ];
+    if let Some(steps) = &run.decode_steps {
+        let decoding = format!(
+            "{:.3} ms ({:.3} to {:.3}) for {} at contexts of {:.0} to {:.0}, {:.1} tokens/s, reading {} of K and V",
+            steps.median_seconds * 1e3,
+            steps.fastest_seconds * 1e3,
+            steps.slowest_seconds * 1e3,
+            if steps.batch == 1 { "1 sequence".into() } else { format!("{} sequences", steps.batch) },
+            steps.first_context,
+            steps.last_context,
+            steps.tokens_per_second(),
+            bytes(steps.kv_bytes as usize),
+        );
+        rows.insert(5, ("decode step", decoding));
+    }
     if stats.shared_tokens > 0 {
         rows.push(("shared", format!("{} prompt tokens found in blocks of others", stats.shared_tokens)));
     }
@@ -132,7 +153,11 @@ pub fn closing_table(out: &mut impl Write, session: &Session, run: &RunReport) -
 }
 
 /// A table for each prompt: every dtype's numbers and text.
-pub fn compare_table(out: &mut impl Write, session: &Session, runs: &[RunReport]) -> io::Result<()> {
+pub fn compare_table<B: Compute<A>, A: Element>(
+    out: &mut impl Write,
+    session: &Session<B, A>,
+    runs: &[RunReport],
+) -> io::Result<()> {
     let rate = |tokens: usize, seconds: f64| match seconds > 0.0 {
         true => format!("{:.0}", tokens as f64 / seconds),
         false => "-".into(),

@@ -1,8 +1,8 @@
 //! What a run did, and the same as JSON.
 
-use quantkv::decoder::Engine;
-use quantkv::decoder::engine::{Output, Stats};
-use quantkv::{CpuBackend, KvCacheDtype, KvFormat};
+use quantkv::decoder::engine::{LastStep, Output, Stats};
+use quantkv::decoder::{Compute, Engine};
+use quantkv::{Element, KvCacheDtype, KvFormat};
 use serde_json::{Value, json};
 
 use crate::setup::{Plan, Session};
@@ -14,6 +14,8 @@ pub struct RunReport {
     /// Samples of each prompt.
     pub outputs: Vec<Vec<Output>>,
     pub stats: Stats,
+    /// Of steps that only decoded, those with the most sequences.
+    pub decode_steps: Option<DecodeSteps>,
     pub num_blocks: usize,
     pub block_size: usize,
     pub cache_bytes: usize,
@@ -24,12 +26,69 @@ pub struct RunReport {
     v_scale: Vec<Vec<f32>>,
 }
 
+/// Steps of decoding alone, all of them with as many sequences.
+pub struct DecodeSteps {
+    pub count: usize,
+    /// Sequences in each.
+    pub batch: usize,
+    /// Cached tokens of a sequence, on average, in the first and the last of these steps.
+    pub first_context: f64,
+    pub last_context: f64,
+    /// Of one step. On CUDA the first two of a batch size are slow: they load kernels and record a graph.
+    pub median_seconds: f64,
+    pub fastest_seconds: f64,
+    pub slowest_seconds: f64,
+    /// Bytes of keys and values that all layers read in a step, on average.
+    pub kv_bytes: f64,
+}
+
+impl DecodeSteps {
+    fn of(steps: &[LastStep], bytes_per_token: usize) -> Option<DecodeSteps> {
+        let decodes = || steps.iter().filter(|step| step.prefill_tokens == 0 && step.decode_tokens > 0);
+        let batch = decodes().map(|step| step.decode_tokens).max()?;
+        let chosen: Vec<&LastStep> = decodes().filter(|step| step.decode_tokens == batch).collect();
+        let mut seconds: Vec<f64> = chosen.iter().map(|step| step.seconds).collect();
+        seconds.sort_unstable_by(f64::total_cmp);
+        let context = |step: &LastStep| step.cached_tokens as f64 / batch as f64;
+        let tokens: f64 = chosen.iter().map(|step| step.cached_tokens as f64).sum();
+        Some(DecodeSteps {
+            count: chosen.len(),
+            batch,
+            first_context: context(chosen[0]),
+            last_context: context(chosen[chosen.len() - 1]),
+            median_seconds: seconds[seconds.len() / 2],
+            fastest_seconds: seconds[0],
+            slowest_seconds: seconds[seconds.len() - 1],
+            kv_bytes: tokens / chosen.len() as f64 * bytes_per_token as f64,
+        })
+    }
+
+    pub fn tokens_per_second(&self) -> f64 {
+        self.batch as f64 / self.median_seconds
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "count": self.count,
+            "batch": self.batch,
+            "first_context": self.first_context,
+            "last_context": self.last_context,
+            "median_ms": self.median_seconds * 1e3,
+            "fastest_ms": self.fastest_seconds * 1e3,
+            "slowest_ms": self.slowest_seconds * 1e3,
+            "tokens_per_second": self.tokens_per_second(),
+            "kv_bytes": self.kv_bytes,
+        })
+    }
+}
+
 impl RunReport {
-    pub fn new(
-        engine: &Engine<'_, CpuBackend>,
+    pub fn new<B: Compute<A>, A: Element>(
+        engine: &Engine<'_, B, A>,
         dtype: KvCacheDtype,
         plan: &Plan,
         num_prompts: usize,
+        steps: &[LastStep],
     ) -> quantkv::Result<Self> {
         let scales = (0..engine.cache().num_layers())
             .map(|layer| engine.cache().scales(layer))
@@ -41,6 +100,7 @@ impl RunReport {
                 .map(|number| engine.outputs(number).map(<[_]>::to_vec))
                 .collect::<quantkv::Result<_>>()?,
             stats: engine.stats(),
+            decode_steps: DecodeSteps::of(steps, plan.bytes_per_token),
             num_blocks: plan.engine.num_blocks,
             block_size: plan.engine.block_size,
             cache_bytes: plan.engine.num_blocks * plan.block_bytes,
@@ -66,7 +126,7 @@ impl RunReport {
         (common < a.len().max(b.len())).then_some(common)
     }
 
-    fn requests_json(&self, session: &Session) -> Value {
+    fn requests_json<B: Compute<A>, A: Element>(&self, session: &Session<B, A>) -> Value {
         let output = |output: &Output| {
             json!({
                 "token_ids": output.token_ids,
@@ -104,15 +164,17 @@ impl RunReport {
             "prefill_seconds": self.stats.prefill_seconds,
             "decode_tokens": self.stats.decode_tokens,
             "decode_seconds": self.stats.decode_seconds,
+            "decode_steps": self.decode_steps.as_ref().map(DecodeSteps::json),
         })
     }
 }
 
 /// The object of `--json`.
-pub fn json(session: &Session, run: &RunReport) -> Value {
+pub fn json<B: Compute<A>, A: Element>(session: &Session<B, A>, run: &RunReport) -> Value {
     json!({
-        "model": session.model_dir.display().to_string(),
-        "device": "cpu",
+        "model": session.name,
+        "device": session.device,
+        "activations": A::DTYPE.to_string(),
         "kv_cache_dtype": run.dtype_name(),
         "requests": run.requests_json(session),
         "kv_cache": run.kv_cache_json(),
@@ -121,7 +183,7 @@ pub fn json(session: &Session, run: &RunReport) -> Value {
 }
 
 /// The object of `--json --compare`: one entry a dtype, the first of them `auto`.
-pub fn compare_json(session: &Session, runs: &[RunReport]) -> Value {
+pub fn compare_json<B: Compute<A>, A: Element>(session: &Session<B, A>, runs: &[RunReport]) -> Value {
     let divergences = |run: &RunReport| -> Vec<Vec<Option<usize>>> {
         let of_prompt = |(prompt, outputs): (usize, &Vec<Output>)| {
             (0..outputs.len()).map(|sample| run.first_divergence(&runs[0], prompt, sample)).collect()
@@ -138,8 +200,9 @@ pub fn compare_json(session: &Session, runs: &[RunReport]) -> Value {
         })
     };
     json!({
-        "model": session.model_dir.display().to_string(),
-        "device": "cpu",
+        "model": session.name,
+        "device": session.device,
+        "activations": A::DTYPE.to_string(),
         "compare": runs.iter().map(entry).collect::<Vec<_>>(),
     })
 }

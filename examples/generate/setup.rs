@@ -9,11 +9,14 @@ use quantkv::decoder::engine::Request;
 use quantkv::decoder::kv_scales::{KvScales, ScaleSource, resolve};
 use quantkv::decoder::sampling::SamplingParams;
 use quantkv::decoder::tokenizer::Tokenizer;
-use quantkv::decoder::{EngineConfig, GenerationConfig, Model};
-use quantkv::{CpuBackend, KvCacheDtype};
+use quantkv::decoder::{Compute, Config, EngineConfig, GenerationConfig, Model, Weights, known};
+use quantkv::{CacheSpec, CpuBackend, DType, Element, KvCacheDtype};
+use rand::rngs::ChaCha12Rng;
+use rand::{Rng, SeedableRng};
 
 use crate::Failure;
-use crate::args::Args;
+use crate::args::{Args, Device};
+use crate::device::Machine;
 
 /// The bundled model, and a prompt it can answer.
 const BUNDLED: &str = "models/tales-3m";
@@ -30,10 +33,57 @@ pub struct Prompt {
     pub ids: Vec<u32>,
 }
 
+/// Where the weights come from.
+pub enum Source {
+    Checkpoint {
+        dir: PathBuf,
+        config: Config,
+        weights: Weights,
+    },
+    /// Made up, for the shape of this name.
+    Random {
+        name: String,
+        config: Config,
+    },
+}
+
+impl Source {
+    pub fn open(args: &Args) -> Result<Source, Failure> {
+        if let Some(name) = &args.random_weights {
+            let dir = Path::new(name);
+            let config = if dir.join("config.json").exists() { Config::from_dir(dir)? } else { known::named(name)? };
+            if !has_ids(args) {
+                return Err(Failure::User("no prompt: give --prompt-length or --prompt-ids".into()));
+            }
+            return Ok(Source::Random { name: name.clone(), config });
+        }
+        let dir = match &args.model {
+            Some(dir) => dir.clone(),
+            None => bundled_model()?,
+        };
+        let (config, weights) = (Config::from_dir(&dir)?, Weights::open(&dir)?);
+        Ok(Source::Checkpoint { dir, config, weights })
+    }
+
+    /// The model's own dtype.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub fn dtype(&self) -> Result<DType, Failure> {
+        match self {
+            Source::Random { config, .. } => Ok(config.dtype.unwrap_or(DType::BF16)),
+            Source::Checkpoint { config: Config { dtype: Some(dtype), .. }, .. } => Ok(*dtype),
+            Source::Checkpoint { weights, .. } => Ok(weights.tensor("model.embed_tokens.weight")?.dtype()),
+        }
+    }
+}
+
 /// What is loaded once.
-pub struct Session {
-    pub model_dir: PathBuf,
-    pub model: Model<CpuBackend>,
+pub struct Session<B: Compute<A>, A: Element> {
+    /// The model's folder, or the name of its shape.
+    pub name: String,
+    /// `cpu`, `cuda:0`; and in words.
+    pub device: String,
+    pub device_description: String,
+    pub model: Model<B, A>,
     pub tokenizer: Option<Arc<Tokenizer>>,
     pub prompts: Vec<Prompt>,
     generation: GenerationConfig,
@@ -51,35 +101,60 @@ pub struct Plan {
     pub bytes_per_token_auto: usize,
 }
 
-impl Session {
-    pub fn load(args: &Args) -> Result<Session, Failure> {
-        let model_dir = match &args.model {
-            Some(dir) => dir.clone(),
-            None => bundled_model()?,
+impl<B: Compute<A> + Machine, A: Element> Session<B, A> {
+    pub fn load(args: &Args, source: Source, backend: B) -> Result<Self, Failure> {
+        let (device, device_description) = (backend.label(), backend.describe());
+        let (name, dir, model) = match source {
+            Source::Checkpoint { dir, config, weights } => {
+                let model = Model::from_parts(config, weights, Arc::new(backend))?;
+                (dir.display().to_string(), Some(dir), model)
+            }
+            Source::Random { name, config } => {
+                let element_bytes = config.dtype.unwrap_or(DType::BF16).bytes();
+                let bytes = config.num_parameters().saturating_mul(element_bytes);
+                check_memory(&backend, "the weights", bytes, "a smaller model")?;
+                (name, None, Model::random(config, args.seed, Arc::new(backend))?)
+            }
         };
-        let model = Model::load(&model_dir, Arc::new(CpuBackend::new()))?;
-        let generation = GenerationConfig::from_dir(&model_dir)?;
-        let tokenizer = match model_dir.join("tokenizer.json").exists() {
+        let generation = dir.as_deref().map_or(Ok(GenerationConfig::default()), GenerationConfig::from_dir)?;
+        let tokenizer = match &dir {
+            None => None,
             // Token ids alone need none.
-            false if !args.prompt_ids.is_empty() => None,
-            _ => Some(Arc::new(Tokenizer::from_model_dir(&model_dir)?)),
+            Some(dir) if !dir.join("tokenizer.json").exists() && has_ids(args) => None,
+            Some(dir) => Some(Arc::new(Tokenizer::from_model_dir(dir)?)),
         };
-        let mut session = Session { model_dir, model, tokenizer, prompts: Vec::new(), generation, notes: Vec::new() };
-        session.prompts = session.read_prompts(args)?;
-        if session.sampling(args).is_greedy() {
+        let notes = Vec::new();
+        let mut session =
+            Session { name, device, device_description, model, tokenizer, prompts: Vec::new(), generation, notes };
+        session.prompts = session.read_prompts(args, dir.as_deref())?;
+        session.note_what_has_no_effect(args);
+        Ok(session)
+    }
+
+    fn note_what_has_no_effect(&mut self, args: &Args) {
+        if self.sampling(args).is_greedy() {
             let given = [
                 ("--top-p", args.top_p.is_some()),
                 ("--top-k", args.top_k.is_some()),
                 ("--min-p", args.min_p.is_some()),
             ];
             for (flag, _) in given.iter().filter(|(_, given)| *given) {
-                session.notes.push(format!("{flag} has no effect at temperature 0"));
+                self.notes.push(format!("{flag} has no effect at temperature 0"));
             }
         }
-        Ok(session)
+        if args.device == Device::Cpu {
+            for (flag, given) in [("--products", args.products != "auto"), ("--no-graphs", args.no_graphs)] {
+                if given {
+                    self.notes.push(format!("{flag} has no effect on the CPU"));
+                }
+            }
+        }
     }
 
-    fn read_prompts(&self, args: &Args) -> Result<Vec<Prompt>, Failure> {
+    fn read_prompts(&self, args: &Args, dir: Option<&Path>) -> Result<Vec<Prompt>, Failure> {
+        if let Some(length) = args.prompt_length {
+            return Ok((0..args.batch).map(|number| self.random_prompt(args.seed, number, length)).collect());
+        }
         if !args.prompt_ids.is_empty() {
             let text = |ids: &[u32]| self.tokenizer.as_ref().map_or(Ok(String::new()), |t| t.decode(ids, false));
             return args.prompt_ids.iter().map(|ids| Ok(Prompt { text: text(&ids.0)?, ids: ids.0.clone() })).collect();
@@ -92,12 +167,12 @@ impl Session {
                 return Err(Failure::User("no prompt: give --prompt, --prompt-ids or --prompts-file".into()));
             }
         };
-        let Some(tokenizer) = &self.tokenizer else { return Ok(Vec::new()) };
+        let (Some(tokenizer), Some(dir)) = (&self.tokenizer, dir) else { return Ok(Vec::new()) };
         if !args.chat {
             return texts.into_iter().map(|text| Ok(Prompt { ids: tokenizer.encode(&text, true)?, text })).collect();
         }
-        let Some(template) = ChatTemplate::from_model_dir(&self.model_dir)? else {
-            let dir = self.model_dir.display();
+        let Some(template) = ChatTemplate::from_model_dir(dir)? else {
+            let dir = dir.display();
             return Err(Failure::User(format!(
                 "{dir} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json)"
             )));
@@ -110,6 +185,15 @@ impl Session {
                 Ok(Prompt { ids: tokenizer.encode(&text, false)?, text })
             })
             .collect()
+    }
+
+    /// Tokens that no other prompt begins with, so that none are shared.
+    fn random_prompt(&self, seed: u64, number: usize, length: usize) -> Prompt {
+        let mut generator = ChaCha12Rng::seed_from_u64(seed);
+        generator.set_stream(number as u64);
+        let vocab_size = self.model.config().vocab_size as u64;
+        let ids = (0..length).map(|_| (generator.next_u64() % vocab_size) as u32).collect();
+        Prompt { text: String::new(), ids }
     }
 
     /// Flags over generation_config.json over greedy.
@@ -139,7 +223,7 @@ impl Session {
             sampling: self.sampling(args),
             max_tokens: args.max_tokens.or(from_file).unwrap_or(DEFAULT_MAX_TOKENS),
             stop: args.stop.clone(),
-            eos_token_ids: if args.ignore_eos { Vec::new() } else { eos.clone() },
+            eos_token_ids: if args.ignore_eos || args.prompt_length.is_some() { Vec::new() } else { eos.clone() },
         };
         Ok(self.prompts.iter().map(request).collect())
     }
@@ -152,10 +236,14 @@ impl Session {
         let auto = model.cache_spec(args.block_size, KvCacheDtype::Auto.resolve(model.dtype()))?;
         let num_blocks = match args.num_blocks {
             Some(blocks) => blocks,
-            None => spec.blocks_for_budget(layers, args.kv_memory.unwrap_or(DEFAULT_KV_MEMORY))?,
+            None => {
+                let budget = spec.blocks_for_budget(layers, args.kv_memory.unwrap_or(DEFAULT_KV_MEMORY))?;
+                if args.kv_memory.is_none() { budget.max(self.blocks_for_random_prompts(args, &spec)?) } else { budget }
+            }
         };
         let block_bytes = spec.bytes_per_block()?.saturating_mul(layers);
-        check_memory(num_blocks.saturating_mul(block_bytes))?;
+        let cache_bytes = num_blocks.saturating_mul(block_bytes);
+        check_memory(&**model.backend(), "the cache", cache_bytes, "a smaller --kv-memory or --num-blocks")?;
         let source = match &args.scales_file {
             Some(path) => ScaleSource::File(path),
             None if args.calculate_kv_scales => ScaleSource::FirstBatch,
@@ -166,17 +254,45 @@ impl Session {
             swap_blocks: args.swap_blocks.unwrap_or((DEFAULT_SWAP_MEMORY / block_bytes).min(num_blocks)),
             max_prefill_tokens: args.max_prefill_tokens,
             prefix_sharing: !args.no_prefix_sharing,
+            max_num_seqs: EngineConfig::new(format, num_blocks).max_num_seqs.max(args.batch),
             ..EngineConfig::new(format, num_blocks)
         };
-        check_memory(engine.swap_blocks.saturating_mul(block_bytes))?;
+        let swap_bytes = engine.swap_blocks.saturating_mul(block_bytes);
+        check_memory(&CpuBackend::new(), "the host's part of the cache", swap_bytes, "fewer --swap-blocks")?;
+        let mut scales = resolve(model.config(), model.weights(), format, source)?;
+        if args.random_weights.is_some() {
+            // There is no checkpoint to have scales, and no sense to lose.
+            scales.warnings.clear();
+        }
         Ok(Plan {
-            scales: resolve(model.config(), model.weights(), format, source)?,
+            scales,
             engine,
             block_bytes,
             bytes_per_token: spec.bytes_per_token()? * layers,
             bytes_per_token_auto: auto.bytes_per_token()? * layers,
         })
     }
+}
+
+impl<B: Compute<A> + Machine, A: Element> Session<B, A> {
+    /// Blocks that all prompts of `--prompt-length` and their samples take at their longest.
+    fn blocks_for_random_prompts(&self, args: &Args, spec: &CacheSpec) -> Result<usize, Failure> {
+        if args.prompt_length.is_none() {
+            return Ok(0);
+        }
+        let positions = self.model.config().max_position_embeddings;
+        let blocks = |request: Request| {
+            let tokens = request.prompt.len().saturating_add(request.max_tokens).min(positions);
+            // One more: samples copy the block they share.
+            request.n.saturating_mul(spec.blocks_for_tokens(tokens) + 1)
+        };
+        Ok(self.requests(args)?.into_iter().map(blocks).fold(0, usize::saturating_add))
+    }
+}
+
+/// Whether prompts are given as tokens.
+fn has_ids(args: &Args) -> bool {
+    !args.prompt_ids.is_empty() || args.prompt_length.is_some()
 }
 
 /// What the user can do about a request that was refused.
@@ -217,19 +333,14 @@ fn read_lines(path: &Path) -> Result<Vec<String>, Failure> {
     }
 }
 
-/// Refuses a pool that the machine cannot hold, where it says how much it can: allocating it would
-/// succeed, and using it end the process.
-fn check_memory(bytes: usize) -> Result<(), Failure> {
-    let Ok(meminfo) = std::fs::read_to_string("/proc/meminfo") else { return Ok(()) };
-    let available = meminfo.lines().find_map(|line| {
-        let kib = line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?.trim();
-        kib.parse::<usize>().ok()?.checked_mul(1024)
-    });
-    match available {
-        Some(available) if bytes > available => Err(Failure::User(format!(
-            "the cache would take {bytes} bytes, this machine has {available} to give: use a smaller --kv-memory, \
-             --num-blocks or --swap-blocks"
-        ))),
+/// Refuses what the machine cannot hold, where it says how much it can: allocating it may succeed, and
+/// using it end the process.
+fn check_memory(machine: &impl Machine, what: &str, bytes: usize, instead: &str) -> Result<(), Failure> {
+    match machine.free_memory() {
+        Some(free) if bytes > free => {
+            let label = machine.label();
+            Err(Failure::User(format!("{what} would take {bytes} bytes, {label} has {free} to give: use {instead}")))
+        }
         _ => Ok(()),
     }
 }
