@@ -7,7 +7,8 @@
 #   scripts/gpu.sh run               there: facts, conformance, tests, compute-sanitizer, the quick bench
 #   scripts/gpu.sh test | sanitize | bench [ARGS] | peers [ARGS] | profile [WORDS]
 #                                    there: one of these; ARGS go to the bench or to scripts/peers.py
-#   scripts/gpu.sh emulate           here: conformance, and the bench's small shapes, over the emulator; no GPU, no nvcc
+#   scripts/gpu.sh emulate [FLAGS]   here: conformance, and the bench's small shapes, over the emulator; no GPU, no nvcc;
+#                                    FLAGS go to scripts/simt.sh
 #
 # There needs: a driver for CUDA 13; compute-sanitizer, ncu and PyTorch where a step uses them (else it is skipped). No
 # cargo, no network. Every step has a limit of its own and what is left of GPU_BUDGET seconds (570); the rest goes on
@@ -92,7 +93,7 @@ build() {
     [ $((bytes + tracked)) -lt $((60 << 20)) ] || echo "WARNING: together more than 60 MiB"
 }
 
-# Conformance over the emulator for devices old and new, then small shapes of the bench, if there is a driver to load.
+# Conformance over the emulator for devices old and new, then small shapes of the bench.
 emulate() {
     cd "$root"
     local out=${CARGO_TARGET_DIR:-target}/simt-conformance file arch
@@ -103,11 +104,11 @@ emulate() {
             "${CXX:-c++}" "${flags[@]}" -DQUANTKV_SIMT_ARCH="$arch" -Itesting -Icsrc -x c++ -c "$file" -o "$out/$(basename "$file").o"
         done
         "${CXX:-c++}" -o "$out/conformance-$arch" "$out"/{main,arithmetic,conversions,fp8,matrix,memory}.cu.o "$out"/*.cpp.o
-        "$out/conformance-$arch" "$@"
+        "$out/conformance-$arch"
     done
     "${CXX:-c++}" -shared -Wl,-Bsymbolic -o "$out/libquantkv_bench.so" "$out"/ceilings.cu.o "$out"/*.cpp.o
     QUANTKV_BENCH_LIBRARY=$(cd "$out" && pwd)/libquantkv_bench.so \
-        scripts/simt.sh -- cargo test --features cuda --bench cuda -- --verify-only
+        scripts/simt.sh "$@" -- cargo test --locked --features cuda --bench cuda -- --verify-only
 }
 
 # ---- there -----------------------------------------------------------------------------------------------
@@ -243,5 +244,5 @@ case $verb in
         finish
         ;;
     facts) prepare; facts ;;
-    *) sed -n '2,23s/^# \{0,1\}//p' "$0"; [ "$verb" = help ] ;;
+    *) sed -n '2,24s/^# \{0,1\}//p' "$0"; [ "$verb" = help ] ;;
 esac
