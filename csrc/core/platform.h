@@ -71,6 +71,13 @@ QKV_DEVICE void fence_device() { __threadfence(); }
 #error "platform.h: unknown compiler; nvcc, or a host compiler with QUANTKV_SIMT"
 #endif
 
+// The compute capability kernels are being compiled for, 10 * major + minor; 0 where only host code is.
+#if defined(__CUDA_ARCH__)
+#define QKV_COMPUTE_CAPABILITY (__CUDA_ARCH__ / 10)
+#else
+#define QKV_COMPUTE_CAPABILITY 0
+#endif
+
 // A kernel parameter that is read where it lies, never copied: QKV_GRID_CONSTANT const T p.
 #ifndef QKV_GRID_CONSTANT
 #define QKV_GRID_CONSTANT

@@ -52,7 +52,7 @@ template <Format F, class Visit> int visit_decode(const quantkv_paged_attention 
   }
 }
 
-// Blocks of a shape that are resident together: registers allow kBlocks, shared memory maybe fewer.
+// Blocks of a shape that are resident together: registers allow blocks_on(), shared memory maybe fewer.
 struct CountDecodeBlocks {
   const Device &device;
   int32_t &blocks;
@@ -62,7 +62,8 @@ struct CountDecodeBlocks {
     constexpr int reserved = 1024; // by the system, a block
     int each = Shape::kSharedBytes + static_cast<int>(sizeof(DecodeQuery<Shape>) + Shape::kWarps * sizeof(DecodeWork)) + reserved;
     blocks = (device.max_shared_bytes + reserved) / each;
-    if (blocks > Shape::kBlocks) blocks = Shape::kBlocks;
+    const int32_t most = Shape::blocks_on(device.compute_capability);
+    if (blocks > most) blocks = most;
     return blocks > 0 ? QUANTKV_OK : QUANTKV_UNSUPPORTED;
   }
 };

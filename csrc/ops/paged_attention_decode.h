@@ -443,7 +443,8 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
 // Memory must never idle: before a warp has finished a piece it has found the next one, asked for its queries, and
 // issued the loads of its first tile there.
 template <Format F, int D, int RowTiles, bool Dynamic>
-QKV_KERNEL QKV_LAUNCH_BOUNDS((DecodeShape<F, D, RowTiles, Dynamic>::kThreads), (DecodeShape<F, D, RowTiles, Dynamic>::kBlocks))
+QKV_KERNEL QKV_LAUNCH_BOUNDS((DecodeShape<F, D, RowTiles, Dynamic>::kThreads),
+                             (DecodeShape<F, D, RowTiles, Dynamic>::blocks_on(QKV_COMPUTE_CAPABILITY)))
 void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_GRID_CONSTANT const WorkList list) {
 #if QKV_HAS_TENSOR_CORES
   using Shape = DecodeShape<F, D, RowTiles, Dynamic>;

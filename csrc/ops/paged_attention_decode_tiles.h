@@ -38,9 +38,13 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   // where 3 blocks an SM have the registers for them. Measured limits: nothing spills.
   static constexpr int kKept = RowTiles * (kSteps * 4 + 12) + 2 * kWordsK + 4 * kWordsV + (Dynamic ? 8 : 0);
   static constexpr int kWithAhead = kKept + 4 * kWordsV;
-  static constexpr int kBlocks = kWithAhead <= 92 ? 4 : kWithAhead <= 120 || kKept <= 104 ? 3 : 2;
-  static constexpr bool kValuesAhead = kWithAhead <= (kBlocks == 3 ? 120 : 200);
-  static constexpr bool kFits = kKept <= 200;
+  static constexpr int kMostBlocks = kWithAhead <= 92 ? 4 : kWithAhead <= 120 || kKept <= 104 ? 3 : 2;
+  static constexpr bool kValuesAhead = kWithAhead <= (kMostBlocks == 3 ? 120 : 200);
+  static constexpr bool kFits = kKept <= 200 && (kElement == 1 || D <= 128);
+  // Before Hopper addresses and conversions take a few registers more.
+  static constexpr int blocks_on(int compute_capability) {
+    return compute_capability >= 90 || kMostBlocks == 1 ? kMostBlocks : kMostBlocks - 1;
+  }
 
   // Shared memory: O [warps, rows, kStride] f32, then (max, sum) [warps, rows]. The pad keeps rows on different banks.
   static constexpr int kStride = D + 4;
