@@ -5,8 +5,10 @@
 //! Backend` (the cache, the reference decoder, the parity tests) runs on every backend unchanged.
 //!
 //! Every operation validates its arguments first and then only enqueues work: no allocation in the
-//! backend's memory, no synchronisation, no host read of device data. On the CPU the work is done
-//! when the call returns, and attention takes a few small scratch vectors of its own a call.
+//! backend's memory (but for a list that `copy_blocks` keeps there and that grows), no synchronisation, no
+//! host read of device data. On the CPU the work is done when the call returns, and attention takes a few
+//! small scratch vectors of its own a call. The calls that borrow host memory, `upload`, `download` and the two
+//! swaps, are done with it when they return.
 
 use crate::args::{
     Absmax, CacheWrite, CopyBlocks, Dequantize, Gather, GatherBytes, MergeStates, PagedAttention, Quantize, SwapBlocks,
@@ -32,7 +34,7 @@ pub trait Backend: Memory + Send + Sync + Sized + 'static {
     /// [`crate::Error::OutOfMemory`], [`crate::Error::Overflow`].
     fn zeros<T: Pod>(&self, what: &'static str, len: usize) -> Result<Self::Buffer<T>>;
 
-    /// Copies `src` to the first `src.len()` elements of `dst`.
+    /// Copies `src` to the first `src.len()` elements of `dst`. `src` may change once this returns.
     ///
     /// # Errors
     /// [`crate::Error::BufferTooSmall`].
@@ -76,13 +78,13 @@ pub trait Backend: Memory + Send + Sync + Sized + 'static {
     /// [`CopyBlocks::validate`].
     fn copy_blocks(&self, op: CopyBlocks<'_, '_, Self>) -> Result<()>;
 
-    /// Moves blocks from this backend's memory to the host.
+    /// Moves blocks from this backend's memory to the host, and waits for them.
     ///
     /// # Errors
     /// [`SwapBlocks::validate`].
     fn swap_out(&self, op: SwapBlocks<'_, '_, Self, Host>) -> Result<()>;
 
-    /// Moves blocks from the host to this backend's memory.
+    /// Moves blocks from the host to this backend's memory. The host's may change once this returns.
     ///
     /// # Errors
     /// [`SwapBlocks::validate`].
