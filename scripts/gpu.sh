@@ -41,7 +41,8 @@ build() {
     export CARGO_INCREMENTAL=0 QUANTKV_CUDA_ARCHS=${QUANTKV_CUDA_ARCHS:-90a}
     local nvcc=${NVCC:-${CUDA_HOME:+$CUDA_HOME/bin/nvcc}} name path arch tests
     nvcc=${nvcc:-nvcc}
-    tests=${GPU_TESTS:-$(grep -liE 'cuda|mod devices' tests/*.rs | sed 's|tests/||; s|\.rs$||' | grep -vx build_script | tr '\n' ' ')}
+    tests=${GPU_TESTS:-$(grep -lE 'cuda|mod devices;' tests/*.rs | sed 's|tests/||; s|\.rs$||' |
+        grep -vxE 'build_script|mock_driver' | tr '\n' ' ')}
     echo "tests: ${tests:-none}"
     rm -rf "$gpu"
     mkdir -p "$gpu/release/deps" "$gpu/release/examples" "$gpu/lib"
