@@ -73,9 +73,13 @@ inline int copy_memory(void *dst, const void *src, size_t bytes, void *stream) {
 }
 
 // `count` copies in one call, in no order among themselves; not on the null stream. QUANTKV_UNSUPPORTED where the
-// runtime or the driver is older than 12.8, and then nothing was enqueued.
+// runtime or the driver is older than 12.8 or the stream is being captured, and then nothing was enqueued.
 inline int copy_memory_batch(void *const *dst, const void *const *src, const size_t *bytes, size_t count, void *stream) {
 #if CUDART_VERSION >= 12080
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone; // a graph has no node for a batch
+  const cudaError_t asked = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture);
+  if (asked != cudaSuccess) return status_of(asked);
+  if (capture != cudaStreamCaptureStatusNone) return QUANTKV_UNSUPPORTED;
   cudaMemcpyAttributes attributes = {};
   attributes.srcAccessOrder = cudaMemcpySrcAccessOrderStream;
   size_t first = 0; // the attributes hold from copy 0 on

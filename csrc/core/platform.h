@@ -15,6 +15,14 @@
 #define QKV_UNROLL _Pragma("unroll")
 #define QKV_NO_UNROLL _Pragma("unroll 1")
 
+// The compiler for sm_100 and newer needs more registers for the same source: kernels that are near a limit ask for
+// one block less of a multiprocessor there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+#define QKV_NEEDS_MORE_REGISTERS 1
+#else
+#define QKV_NEEDS_MORE_REGISTERS 0
+#endif
+
 #if defined(QUANTKV_SIMT)
 
 #include "simt/platform.h" // testing/simt
