@@ -11,6 +11,8 @@ dir=${1:-$root/target/c}
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 
+unset QUANTKV_STUB QUANTKV_SIMT DOCS_RS # kernels, whatever the shell was doing
+
 # build.rs makes the static library, for a mere check too; cargo tells where it is and where the CUDA runtime is.
 messages=$(cargo check --manifest-path "$root/Cargo.toml" --locked --lib --no-default-features --features cuda \
     --message-format=json-render-diagnostics)
@@ -19,7 +21,7 @@ objects=$(sed 's/.*"out_dir":"\([^"]*\)".*/\1/' <<<"$script")
 runtime=$(sed 's/.*"linked_paths":\[\([^]]*\)\].*/\1/; s/"//g; s/native=//g; s/,/\n/g' <<<"$script" |
     while read -r path; do [ ! -e "$path/libcudart_static.a" ] || echo "$path"; done | head -1)
 [ -e "$objects/libquantkv_cuda.a" ] && [ -n "$runtime" ] || {
-    echo "build-c-library.sh: the build made no kernels (is QUANTKV_STUB or QUANTKV_SIMT set?)" >&2
+    echo "build-c-library.sh: the build made no kernels" >&2
     exit 1
 }
 
