@@ -86,6 +86,15 @@ impl Device {
         matches!(self, Device::Cpu(_))
     }
 
+    /// Whether attention over 16-bit activations may use 16-bit products.
+    pub fn has_tensor_cores(&self) -> bool {
+        match self {
+            Device::Cpu(_) => false,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(cuda) => cuda.attention_kernel() != quantkv::cuda::AttentionKernel::Portable,
+        }
+    }
+
     /// Runs `body` in CPU thread pools of 1, 3 and 8 threads: results may not depend on it. Elsewhere, twice.
     pub fn in_pools(&self, body: impl Fn(usize) + Send + Sync) {
         if !self.is_cpu() {

@@ -12,7 +12,7 @@ mod devices;
 mod oracle;
 
 use devices::{Parts, devices};
-use oracle::attention::{AttentionCase, check_attention, expect};
+use oracle::attention::{Arithmetic, AttentionCase, check_attention, expect};
 use oracle::geometry::{Geometry, Layer};
 use oracle::rows::{self, CacheWriteCase, GatherCase, Rows};
 use oracle::run::{self, same_layer};
@@ -132,7 +132,7 @@ proptest! {
         for device in devices() {
             let (out, lse, faults) = on_device!(&device, |backend| run::attention(backend, &case)).unwrap();
             prop_assert_eq!(
-                check_attention(&case, &expectation, &out, lse.as_deref(), faults), Ok(()), "on {}", device
+                check_attention(&case, &expectation, Arithmetic::F32, &out, lse.as_deref(), faults), Ok(()), "on {}", device
             );
         }
     }

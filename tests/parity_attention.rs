@@ -11,8 +11,10 @@ mod oracle;
 
 use std::collections::HashSet;
 
-use devices::attention_devices;
-use oracle::attention::{self, AttentionCase, AttentionExpectation, MergeCase, check_attention, check_close, expect};
+use devices::{Device, attention_devices};
+use oracle::attention::{
+    self, Arithmetic, AttentionCase, AttentionExpectation, MergeCase, check_attention, check_close, expect,
+};
 use oracle::formats::round_to;
 use oracle::geometry::{Geometry, Layer, Scales};
 use oracle::rows::Rows;
@@ -23,16 +25,17 @@ use quantkv::args::{AttentionParams, RowStrides};
 use quantkv::layout::Half;
 use quantkv::{Backend, CacheLayout, DType, KvFormat};
 
-fn check<B: Backend>(backend: &B, case: &AttentionCase, expectation: &AttentionExpectation) -> Result<(), String> {
-    let (out, lse, faults) = run::attention(backend, case).map_err(|error| error.to_string())?;
-    check_attention(case, expectation, &out, lse.as_deref(), faults)
+fn check(device: &Device, case: &AttentionCase, expectation: &AttentionExpectation) -> Result<(), String> {
+    let run = on_device!(device, |backend| run::attention(backend, case));
+    let (out, lse, faults) = run.map_err(|error| error.to_string())?;
+    let arithmetic = if device.has_tensor_cores() { Arithmetic::TensorCore } else { Arithmetic::F32 };
+    check_attention(case, expectation, arithmetic, &out, lse.as_deref(), faults)
 }
 
 fn check_all(case: &AttentionCase, what: impl std::fmt::Debug) {
     let expectation = expect(case);
     for device in attention_devices() {
-        on_device!(&device, |backend| check(backend, case, &expectation))
-            .unwrap_or_else(|text| panic!("{what:?} on {}: {text}", device));
+        check(&device, case, &expectation).unwrap_or_else(|text| panic!("{what:?} on {}: {text}", device));
     }
 }
 
@@ -200,7 +203,7 @@ proptest! {
         let case = build(&parameters);
         let expectation = expect(&case);
         for device in attention_devices() {
-            prop_assert_eq!(on_device!(&device, |backend| check(backend, &case, &expectation)), Ok(()), "on {}", device);
+            prop_assert_eq!(check(&device, &case, &expectation), Ok(()), "on {}", device);
         }
     }
 }
@@ -378,7 +381,7 @@ fn results_do_not_depend_on_threads() {
         seed: 3,
     });
     for device in attention_devices() {
-        on_device!(&device, |backend| check(backend, &case, &expectation)).unwrap();
+        check(&device, &case, &expectation).unwrap();
         on_device!(&device, |backend| check_merge(backend, &merge)).unwrap();
         let bits = || {
             let (out, lse, _) = on_device!(&device, |backend| run::attention(backend, &case)).unwrap();
@@ -489,7 +492,7 @@ fn halves_merge_to_the_whole() {
     };
     for device in attention_devices() {
         let run = |case: &AttentionCase| {
-            on_device!(&device, |backend| check(backend, case, &expect(case))).unwrap();
+            check(&device, case, &expect(case)).unwrap();
             let (out, lse, _) = on_device!(&device, |backend| run::attention(backend, case)).unwrap();
             (out, lse.unwrap())
         };

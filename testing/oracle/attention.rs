@@ -1,4 +1,4 @@
-//! Attention and the merge of partial states in f64, with the error an f32 kernel may make.
+//! Attention and the merge of partial states in f64, with the error a kernel may make.
 //!
 //! The tolerance follows the arithmetic the contract allows (f32, any order of sums, scales folded
 //! anywhere, exp2 domain). With `u = 2^-24` and `A_j = |softmax_scale| Σ_d |q_d k_jd|`:
@@ -12,10 +12,26 @@
 //! lse        |δl| <= E + (n + 16) u + 8 u |l|
 //! ```
 //! Numerator and denominator each carry E and a sum of n terms, hence the factors 2.
+//!
+//! Tensor cores ([`Arithmetic::TensorCore`]) take 16-bit operands and add 16 products at a time, aligned to the
+//! largest of them and cut off: at most 17 * 2^-23 of the magnitudes in 16 terms, below 3 u a term. Codes
+//! are exact in 16 bits. Queries are exact too, but
+//! - f16: below 2^-24 of what a row's largest, scaled by a power of two to 2^13 at least, leaves: 2^-38 of it;
+//! - with K scales per channel, which are multiplied in first: 2^-11.
+//!
+//! Weights, relative to the largest and times the dynamic V scale relative to the largest power of two, are rounded:
+//! r = 2^-11 in f16, and then not finer than 2^-24; r = 2^-8 in bf16.
+//!
+//! ```text
+//! score      |δs_j| <= (3 D + 8) u A_j + |softmax_scale| Σ_d |k_jd| (c |q_d| + 2^-38 max_e |q_e s_e| / s_d) + ..
+//! output     |δo_d| <= Σ_j p_j |v_jd| (2 E + 2 (3 n + 16) u + r)
+//!                    + 2^-24 Σ_j |v_jd| (max_i dynamic_i / dynamic_j) / Σ_j exp(s_j - max s)   f16 only
+//! ```
+//! where c = 2^-11 with K scales per channel, else 0.
 
 use quantkv::args::{AttentionParams, RowStrides};
 use quantkv::layout::Half;
-use quantkv::{DType, Faults};
+use quantkv::{DType, Faults, KvFormat};
 
 use super::formats::{quantized, smallest, unit_roundoff};
 use super::geometry::{Geometry, Layer, Scales};
@@ -23,6 +39,17 @@ use super::rows::Rows;
 
 /// Unit roundoff of f32.
 const U: f64 = 1.0 / (1u64 << 24) as f64;
+
+/// What a kernel computes scores and outputs with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arithmetic {
+    F32,
+    /// 16-bit products wherever activations are 16-bit: bf16 if K is bf16, else f16.
+    TensorCore,
+}
+
+/// A bound of errors for each [`Arithmetic`].
+type Bounds = [f64; 2];
 
 #[derive(Clone, Debug)]
 pub struct AttentionCase {
@@ -54,6 +81,54 @@ pub struct Expected {
     pub out_tolerance: Vec<f64>,
     pub lse: f64,
     pub lse_tolerance: f64,
+}
+
+/// What one (token, head) must be, and how far each [`Arithmetic`] may be from it.
+#[derive(Clone, Debug)]
+struct Row {
+    out: Vec<f64>,
+    out_tolerance: [Vec<f64>; 2],
+    lse: f64,
+    lse_tolerance: Bounds,
+}
+
+/// What tensor cores round, for one case.
+#[derive(Clone, Copy, Debug)]
+struct Rounding {
+    /// Of a weight, relative.
+    weight: f64,
+    /// Of a weight, relative to the largest one.
+    weight_floor: f64,
+    /// Of a query element, relative.
+    query: f64,
+    /// Of a query element, relative to the row's largest.
+    query_floor: f64,
+    /// Roundings a term of a sum, in [`U`].
+    sum: f64,
+}
+
+impl Rounding {
+    const NONE: Rounding = Rounding { weight: 0.0, weight_floor: 0.0, query: 0.0, query_floor: 0.0, sum: 1.0 };
+
+    /// For each [`Arithmetic`].
+    fn of(case: &AttentionCase) -> [Rounding; 2] {
+        let format = case.geometry.format(Half::K);
+        let tensor_core = if case.dtype == DType::F32 {
+            Rounding::NONE
+        } else if format == KvFormat::BF16 {
+            Rounding { weight: 2f64.powi(-8), sum: 3.0, ..Rounding::NONE }
+        } else {
+            let by_channel = quantized(format) && case.k_scale.channel != 0;
+            Rounding {
+                weight: 2f64.powi(-11),
+                weight_floor: 2f64.powi(-24),
+                query: if by_channel { 2f64.powi(-11) } else { 0.0 },
+                query_floor: 2f64.powi(-38),
+                sum: 3.0,
+            }
+        };
+        [Rounding::NONE, tensor_core]
+    }
 }
 
 /// A sequence as the kernel must see it after clamping.
@@ -107,53 +182,80 @@ pub fn slot_of(case: &AttentionCase, s: usize, j: usize) -> Option<(usize, usize
     Some((block, j % case.geometry.block_size))
 }
 
-/// The keys and values of one sequence, dequantized exactly but for f64, `[positions, heads, dim]`;
-/// `None` for a position whose block is outside the cache.
+/// A position's key and value rows of all heads, dequantized exactly but for f64, and the dynamic scale of each head's
+/// value.
+struct Token {
+    k: Vec<f64>,
+    v: Vec<f64>,
+    v_dynamic: Vec<f64>,
+}
+
+/// The positions of one sequence; `None` for one whose block is outside the cache.
 struct Dense {
-    positions: Vec<Option<(Vec<f64>, Vec<f64>)>>,
+    positions: Vec<Option<Token>>,
+    /// The largest dynamic scale of V, each head.
+    v_dynamic_max: Vec<f64>,
 }
 
 impl Dense {
     fn new(case: &AttentionCase, s: usize, len: usize) -> Self {
+        let geometry = &case.geometry;
+        let dynamic =
+            |half, (block, slot), head| -> f64 { case.layer.dynamic_scale(geometry, half, (block, head, slot)).into() };
         let row = |half: Half, (block, slot): (usize, usize)| {
-            let geometry = &case.geometry;
             let scales = if half == Half::K { &case.k_scale } else { &case.v_scale };
             let mut row = Vec::with_capacity(geometry.heads * geometry.dim(half));
             for head in 0..geometry.heads {
-                let dynamic = f64::from(case.layer.dynamic_scale(geometry, half, (block, head, slot)));
                 for d in 0..geometry.dim(half) {
                     let code = f64::from(case.layer.load(geometry, half, (block, head, slot, d)));
                     let scale = if quantized(geometry.format(half)) { f64::from(scales.at(head, d)) } else { 1.0 };
-                    row.push(code * scale * dynamic);
+                    row.push(code * scale * dynamic(half, (block, slot), head));
                 }
             }
             row
         };
-        let position = |j| slot_of(case, s, j).map(|slot| (row(Half::K, slot), row(Half::V, slot)));
-        Dense { positions: (0..len).map(position).collect() }
+        let position = |j| {
+            slot_of(case, s, j).map(|slot| Token {
+                k: row(Half::K, slot),
+                v: row(Half::V, slot),
+                v_dynamic: (0..geometry.heads).map(|head| dynamic(Half::V, slot, head)).collect(),
+            })
+        };
+        let positions: Vec<Option<Token>> = (0..len).map(position).collect();
+        let largest = |head: usize| positions.iter().flatten().map(|token| token.v_dynamic[head]).fold(0.0, f64::max);
+        let v_dynamic_max = (0..geometry.heads).map(largest).collect();
+        Dense { positions, v_dynamic_max }
     }
 }
 
 /// What query `i` of sequence `s` must give for query head `h`; also whether it met a block
 /// outside the cache.
-fn attend(case: &AttentionCase, dense: &Dense, sequence: Sequence, i: usize, h: usize) -> (Expected, bool) {
+fn attend(case: &AttentionCase, dense: &Dense, sequence: Sequence, i: usize, h: usize) -> (Row, bool) {
     let geometry = &case.geometry;
+    let (k_dim, v_dim) = (geometry.k_dim, geometry.v_dim);
     let kv_head = h / (case.num_heads / geometry.heads);
     let p = sequence.len as i64 - sequence.queries as i64 + i as i64;
-    let q: Vec<f64> = (0..geometry.k_dim).map(|d| case.query.at(sequence.first + i, h, d).into()).collect();
+    let q: Vec<f64> = (0..k_dim).map(|d| case.query.at(sequence.first + i, h, d).into()).collect();
+    let k_scale = |d| if quantized(geometry.format(Half::K)) { case.k_scale.at(kv_head, d).into() } else { 1.0 };
+    let q_max = q.iter().enumerate().map(|(d, q)| (q * k_scale(d)).abs()).fold(0.0, f64::max);
     let scale = f64::from(case.params.softmax_scale);
+    let rounding = Rounding::of(case);
     let mut keys = Vec::new();
     let mut met_fault = false;
-    let mut error = 0f64;
+    let mut error: Bounds = [0.0; 2];
     for j in (0..sequence.len).filter(|&j| visible(case, p, j as i64)) {
-        let Some((k, v)) = &dense.positions[j] else {
+        let Some(token) = &dense.positions[j] else {
             met_fault = true;
             continue;
         };
-        let products = q.iter().zip(&k[kv_head * geometry.k_dim..]).map(|(q, k)| q * k);
-        let (dot, magnitude) = products.fold((0.0, 0.0), |(sum, abs), x| (sum + x, abs + x.abs()));
+        let (mut dot, mut magnitude, mut floor) = (0.0, 0.0, 0.0);
+        for (d, (q, k)) in q.iter().zip(&token.k[kv_head * k_dim..]).enumerate() {
+            dot += q * k;
+            magnitude += (q * k).abs();
+            floor += k.abs() * q_max / k_scale(d);
+        }
         let mut score = scale * dot;
-        let mut bound = (geometry.k_dim as f64 + 8.0) * U * scale.abs() * magnitude;
+        let mut bound = 0.0;
         if let Some(cap) = case.params.soft_cap.map(f64::from) {
             score = cap * (score / cap).tanh();
             bound += 16.0 * U * cap;
@@ -161,47 +263,68 @@ fn attend(case: &AttentionCase, dense: &Dense, sequence: Sequence, i: usize, h: 
         let bias = case.alibi.as_ref().map_or(0.0, |slopes| f64::from(slopes[h]) * (j as i64 - p) as f64);
         bound += 8.0 * U * (score.abs() + bias.abs());
         score += bias;
-        error = error.max(bound);
-        keys.push((score, &v[kv_head * geometry.v_dim..(kv_head + 1) * geometry.v_dim]));
+        for (error, rounding) in error.iter_mut().zip(&rounding) {
+            let relative = (rounding.sum * k_dim as f64 + 8.0) * U + rounding.query;
+            let products = scale.abs() * (relative * magnitude + rounding.query_floor * floor);
+            *error = error.max(bound + products);
+        }
+        // What a weight's floor is relative to, and its value's magnitude.
+        let floor =
+            if token.v_dynamic[kv_head] == 0.0 { 0.0 } else { dense.v_dynamic_max[kv_head] / token.v_dynamic[kv_head] };
+        keys.push(Key { score, v: &token.v[kv_head * v_dim..(kv_head + 1) * v_dim], floor });
     }
     let sink = case.sinks.as_ref().map(|sinks| f64::from(sinks[h]));
-    error += 16.0 * U + sink.filter(|sink| sink.is_finite()).map_or(0.0, |sink| 8.0 * U * sink.abs());
-    (softmax(case, &keys, sink, error), met_fault)
+    let rest = 16.0 * U + sink.filter(|sink| sink.is_finite()).map_or(0.0, |sink| 8.0 * U * sink.abs());
+    (softmax(case, &keys, sink, error.map(|error| error + rest), rounding), met_fault)
 }
 
-/// Weights and sums over (score, value row).
-fn softmax(case: &AttentionCase, keys: &[(f64, &[f64])], sink: Option<f64>, error: f64) -> Expected {
+/// A visible key's score and value; and the dynamic scale that its weight is rounded relative to, over its own.
+struct Key<'a> {
+    score: f64,
+    v: &'a [f64],
+    floor: f64,
+}
+
+/// Weights and sums.
+fn softmax(case: &AttentionCase, keys: &[Key<'_>], sink: Option<f64>, error: Bounds, rounding: [Rounding; 2]) -> Row {
     let v_dim = case.geometry.v_dim;
-    let max = keys.iter().map(|key| key.0).chain(sink).fold(f64::NEG_INFINITY, f64::max);
+    let largest = keys.iter().map(|key| key.score).fold(f64::NEG_INFINITY, f64::max);
+    let max = sink.map_or(largest, |sink| largest.max(sink));
     if max == f64::NEG_INFINITY {
         let zeros = vec![0.0; v_dim];
-        return Expected { out: zeros.clone(), out_tolerance: zeros, lse: max, lse_tolerance: 0.0 };
+        return Row { out: zeros.clone(), out_tolerance: [zeros.clone(), zeros], lse: max, lse_tolerance: [0.0; 2] };
     }
     let n = keys.len() as f64;
-    let denominator: f64 = keys.iter().map(|key| key.0).chain(sink).map(|score| (score - max).exp()).sum();
-    let (mut out, mut magnitude) = (vec![0.0; v_dim], vec![0.0; v_dim]);
-    for (score, row) in keys {
-        let weight = (score - max).exp() / denominator;
-        for (d, v) in row.iter().enumerate() {
+    let denominator: f64 = keys.iter().map(|key| key.score).chain(sink).map(|score| (score - max).exp()).sum();
+    let (mut out, mut magnitude, mut floor) = (vec![0.0; v_dim], vec![0.0; v_dim], vec![0.0; v_dim]);
+    for key in keys {
+        let weight = (key.score - max).exp() / denominator;
+        let unit = (largest - max).exp() / denominator * key.floor;
+        for (d, v) in key.v.iter().enumerate() {
             out[d] += weight * v;
             magnitude[d] += weight * v.abs();
+            floor[d] += unit * v.abs();
         }
     }
-    let relative = 2.0 * error + 2.0 * (n + 16.0) * U;
-    let tolerance = |(out, magnitude): (&f64, &f64)| {
-        magnitude * relative + unit_roundoff(case.dtype) * (out.abs() + magnitude * relative) + smallest(case.dtype)
+    let bound = |arithmetic: usize| {
+        let (error, rounding) = (error[arithmetic], rounding[arithmetic]);
+        let relative = 2.0 * error + 2.0 * (rounding.sum * n + 16.0) * U + rounding.weight;
+        let of_channel = |d: usize| {
+            let absolute = magnitude[d] * relative + floor[d] * rounding.weight_floor;
+            absolute + unit_roundoff(case.dtype) * (out[d].abs() + absolute) + smallest(case.dtype)
+        };
+        if keys.is_empty() { vec![0.0; v_dim] } else { (0..v_dim).map(of_channel).collect() }
     };
-    let out_tolerance =
-        if keys.is_empty() { vec![0.0; v_dim] } else { out.iter().zip(&magnitude).map(tolerance).collect() };
     let lse = max + denominator.ln();
-    Expected { out, out_tolerance, lse, lse_tolerance: error + (n + 16.0) * U + 8.0 * U * lse.abs() }
+    let lse_tolerance = error.map(|error| error + (n + 16.0) * U + 8.0 * U * lse.abs());
+    Row { out_tolerance: [0, 1].map(bound), out, lse, lse_tolerance }
 }
 
 /// What a case must give: compute it once, check every backend.
 #[derive(Clone, Debug)]
 pub struct AttentionExpectation {
     /// (token, head) and its numbers.
-    rows: Vec<(usize, usize, Expected)>,
+    rows: Vec<(usize, usize, Row)>,
     owed: Faults,
     allowed: Faults,
 }
@@ -232,6 +355,7 @@ pub fn expect(case: &AttentionCase) -> AttentionExpectation {
 pub fn check_attention(
     case: &AttentionCase,
     expectation: &AttentionExpectation,
+    arithmetic: Arithmetic,
     out: &[f32],
     lse: Option<&[f32]>,
     faults: Faults,
@@ -242,13 +366,13 @@ pub fn check_attention(
     for (row, h, want) in &expectation.rows {
         for d in 0..case.geometry.v_dim {
             let at = row * case.output.strides.token + h * case.output.strides.head + d;
-            check_close(out[at], want.out[d], want.out_tolerance[d])
+            check_close(out[at], want.out[d], want.out_tolerance[arithmetic as usize][d])
                 .map_err(|text| format!("token {row} head {h} channel {d}: {text}"))?;
             expected.data[at] = out[at];
         }
         if let (Some(all), Some(got)) = (&mut expected_lse, lse) {
             let at = row * case.num_heads + h;
-            check_close(got[at], want.lse, want.lse_tolerance)
+            check_close(got[at], want.lse, want.lse_tolerance[arithmetic as usize])
                 .map_err(|text| format!("token {row} head {h}: LSE {text}"))?;
             all[at] = got[at];
         }
