@@ -2,7 +2,8 @@
 //! (`scripts/simt.sh` runs this; elsewhere there is nothing to test).
 #![cfg(all(feature = "cuda", quantkv_simt))]
 
-use std::ffi::{CStr, c_char, c_int, c_void};
+use std::ffi::{CStr, OsStr, c_char, c_int, c_void};
+use std::process::Command;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use cudarc::driver::sys::{self, CUresult, CUstreamCaptureMode, CUstreamCaptureStatus};
@@ -218,4 +219,44 @@ fn memory_runs_out_where_the_test_says() {
     assert_eq!(code(large), CUresult::CUDA_ERROR_OUT_OF_MEMORY);
     drop(small.unwrap());
     stream.alloc_zeros::<u8>(1 << 20).unwrap();
+}
+
+/// Asks for a backend in a process with this variable. The error's words, or "a device".
+fn backend_with(name: &str, value: &OsStr) -> String {
+    let mut child = Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", "child", "--ignored", "--nocapture"]).env(name, value);
+    let output = child.output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success(), "{said}{}", String::from_utf8_lossy(&output.stderr));
+    said.lines().find_map(|line| line.strip_prefix("CHILD: ").map(str::to_owned)).expect(&said)
+}
+
+#[test]
+#[ignore = "run by the test below, in a process of its own"]
+fn child() {
+    match quantkv::cuda::CudaBackend::new(0) {
+        Ok(_) => println!("CHILD: a device"),
+        Err(error) => println!("CHILD: {error:?}"),
+    }
+}
+
+#[test]
+fn what_is_missing_is_a_typed_error() {
+    let backend_with = |name, value: &str| backend_with(name, OsStr::new(value));
+    assert_eq!(backend_with("QUANTKV_SIMT_CC", "90"), "a device");
+    let no_device = backend_with("QUANTKV_SIMT_CC", "none");
+    assert!(no_device.starts_with("NoDevice") && no_device.contains("no CUDA-capable device"), "{no_device}");
+    let too_old = backend_with("QUANTKV_SIMT_CC", "70");
+    assert!(too_old.starts_with("NoKernel"), "{too_old}");
+    let too_small = backend_with("QUANTKV_MOCK_MEMORY_BYTES", "4");
+    assert!(too_small.starts_with("OutOfMemory"), "{too_small}");
+}
+
+#[test]
+fn a_missing_driver_is_a_typed_error() {
+    // The path keeps the kernels' library and loses the driver.
+    let path = std::env::var_os("LD_LIBRARY_PATH").unwrap();
+    let rest = std::env::split_paths(&path).filter(|folder| !folder.join("libcuda.so.1").exists());
+    let said = backend_with("LD_LIBRARY_PATH", &std::env::join_paths(rest).unwrap());
+    assert!(said.starts_with("NoDevice") && said.contains("no CUDA driver"), "{said}");
 }
