@@ -3,7 +3,7 @@
 
     scripts/simt.sh [--sanitize] -- scripts/check_mutations.py [--list] [--some] [WORD ..]
 
-testing/simt/mutations.toml lists them: a text that occurs once in a file, what it becomes, and the tests that must
+testing/mutations.toml lists them: a text that occurs once in a file, what it becomes, and the tests that must
 fail. Those marked `sanitize` only show to AddressSanitizer and are for --sanitize; the others run without. WORDs choose
 by name; --some leaves out most (CI): all but the first of each file. A test is run in several orders until it fails.
 
@@ -33,7 +33,7 @@ def main():
     if os.environ.get("QUANTKV_SIMT") != "1":
         sys.exit(__doc__)
     sanitize = os.environ.get("QUANTKV_SIMT_SANITIZE") == "1"
-    listed = tomllib.loads((ROOT / "testing/simt/mutations.toml").read_text())["mutation"]
+    listed = tomllib.loads((ROOT / "testing/mutations.toml").read_text())["mutation"]
     for mutation in listed:
         check_entry(mutation)
     chosen = [m for m in listed if m.get("sanitize", False) == sanitize and all(w in m["name"] for w in words)]
