@@ -27,7 +27,7 @@
 //! scales may change between replays. [`copy_blocks`] takes its lists from device memory for that
 //! reason. [`swap_blocks`] may be captured if the host memory is page-locked and stays where it is.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::c_void;
 
 use super::abi::{self, CUDA, activation, check, int32, int64, optional, optional_mut, rows_in, rows_out};
 use super::bindings::*;
@@ -76,7 +76,7 @@ macro_rules! call {
         #[cfg(quantkv_stub)]
         {
             let _ = ($($argument,)*);
-            let _: fn(&'static str, c_int) -> Result<()> = check;
+            let _: fn(&'static str, std::ffi::c_int) -> Result<()> = check;
             Err::<(), _>(Error::NotCompiled { backend: CUDA, call: CALL })
         }
     }};
