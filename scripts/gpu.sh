@@ -25,9 +25,9 @@ verb=${1:-help}
 
 # ---- here ------------------------------------------------------------------------------------------------
 
-# The executables of the targets that the arguments select, "name path" lines, as cargo's messages say.
+# The executables of the test and bench targets that the arguments select, "name path" lines, as cargo's messages say.
 executables() {
-    cargo "$@" --locked --release --features cuda --no-run --message-format=json-render-diagnostics |
+    cargo test "$@" --locked --release --features cuda --no-run --message-format=json-render-diagnostics |
         python3 -c '
 import json, sys
 for line in sys.stdin:
@@ -51,13 +51,13 @@ build() {
     local select=()
     for name in $tests; do select+=(--test "$name"); done
     if [ ${#select[@]} -gt 0 ]; then
-        executables test "${select[@]}" | while read -r name path; do
+        executables "${select[@]}" | while read -r name path; do
             strip -o "$gpu/release/deps/$name" "$path"
         done
     fi
     cargo build --locked --release --features cuda --example generate
     strip -o "$gpu/release/examples/generate" "${CARGO_TARGET_DIR:-target}/release/examples/generate"
-    executables bench --bench cuda | while read -r name path; do
+    executables --bench cuda | while read -r name path; do
         strip -o "$gpu/release/deps/bench-$name" "$path"
     done
 
@@ -79,6 +79,7 @@ build() {
         cp -a --parents csrc tests/fixtures models examples scripts "$gpu/tree"
         touch "$gpu/tree/made-by-gpu.sh"
     fi
+    pack
     {
         echo "root=$root" # compiled into the tests
         echo "commit=$(git rev-parse --short HEAD)$([ -z "$(git status --porcelain -uno)" ] || echo ' and changes')"
@@ -92,6 +93,23 @@ build() {
     tracked=$(git ls-files -z | du -cb --files0-from=- | tail -1 | cut -f1)
     echo "$((bytes >> 20)) MiB in .gpu, $((tracked >> 20)) MiB tracked"
     [ $((bytes + tracked)) -lt $((60 << 20)) ] || echo "WARNING: together more than 60 MiB"
+}
+
+# The programs have most of their bytes in common: together they shrink to about a sixth.
+pack() {
+    python3 - "$gpu" <<'PYTHON'
+import lzma, os, sys, tarfile
+folder = sys.argv[1]
+filters = [{"id": lzma.FILTER_LZMA2, "preset": 2, "dict_size": 64 << 20}]
+with lzma.open(os.path.join(folder, "programs.tar.xz"), "wb", filters=filters) as packed:
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.add(os.path.join(folder, "release"), arcname="release")
+PYTHON
+    rm -rf "$gpu/release"
+}
+
+unpack() {
+    python3 -c 'import sys, tarfile; tarfile.open(sys.argv[1] + "/programs.tar.xz").extractall(sys.argv[1])' "$gpu"
 }
 
 # Conformance over the emulator for devices old and new, then small shapes of the bench.
@@ -150,6 +168,7 @@ prepare() {
     . <(grep -E '^(commit|archs|nvcc|tests)=' "$gpu/facts" | sed 's/=\(.*\)/="\1"/')
     local made_in
     made_in=$(sed -n 's/^root=//p' "$gpu/facts")
+    [ -d "$gpu/release" ] || unpack
     [ -d "$gpu/tree" ] && tree=$gpu/tree || tree=$root
     if [ ! -e "$made_in" ]; then
         mkdir -p "$(dirname "$made_in")"
