@@ -5,8 +5,8 @@
 #                                    ignores: stripped test and bench programs, conformance tests, shared libraries.
 #                                    --alone: and the fixtures and sources, so that .gpu/ needs no checkout around it
 #   scripts/gpu.sh run               there: facts, conformance, tests, compute-sanitizer, the quick bench
-#   scripts/gpu.sh test | sanitize | bench [ARGS] | peers [ARGS] | profile [WORDS]
-#                                    there: one of these; ARGS go to the bench or to scripts/peers.py
+#   scripts/gpu.sh test | sanitize | bench [ARGS] | peers [ARGS] | model [ARGS] | profile [WORDS]
+#                                    there: one of these; ARGS go to the bench, scripts/peers.py or generate
 #   scripts/gpu.sh emulate [FLAGS]   here: conformance, and the bench's small shapes, over the emulator; no GPU, no nvcc;
 #                                    FLAGS go to scripts/simt.sh
 #
@@ -181,6 +181,11 @@ prepare() {
     export QUANTKV_FIXTURES=$tree/tests/fixtures QUANTKV_TEST_DEVICES=cuda
     export QUANTKV_REQUIRE_CUDA=1 QUANTKV_BENCH_LIBRARY=$gpu/release/deps/libquantkv_bench.so OUT="$out"
     export PATH=$PATH:/usr/local/cuda/bin
+    # cuBLASLt as PyTorch brings it, for the decoder.
+    local cublas
+    cublas=$(python3 -c 'import glob, site
+print(":".join(f.rsplit("/", 1)[0] for d in site.getsitepackages() for f in glob.glob(d + "/nvidia/*/lib/libcublasLt.so*")))' || true)
+    export LD_LIBRARY_PATH=${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}/usr/local/cuda/lib64:$cublas
     bench=$gpu/release/deps/bench-cuda
 }
 
@@ -203,6 +208,23 @@ tests() {
     for name in $tests; do
         [ -x "$gpu/release/deps/$name" ] || continue
         step "$name" 120 "$gpu/release/deps/$name"
+    done
+    # The bundled model in f32, where both devices owe the same greedy tokens.
+    step generate 60 bash -c '
+        text() { "$0" --activations f32 --temperature 0 --max-tokens 60 --json "$@" | grep -o "\"text\":\"[^\"]*\""; }
+        cpu=$(text --device cpu) && cuda=$(text --device cuda) && echo "$cpu" && echo "$cuda" && [ "$cpu" = "$cuda" ]
+    ' "$gpu/release/examples/generate"
+}
+
+# Decode steps of a model of 8 billion made-up weights, over caches of bf16 and of FP8.
+model() {
+    local dtype length
+    for length in 1024 8192 32768; do
+        for dtype in auto fp8_e4m3; do
+            keep=20 step "llama-3.1-8b-$dtype-$length" 120 "$gpu/release/examples/generate" --device cuda \
+                --random-weights llama-3.1-8b --prompt-length "$length" --max-prefill-tokens 2048 --max-tokens 64 \
+                --ignore-eos --kv-cache-dtype "$dtype" "$@"
+        done
     done
 }
 
@@ -248,7 +270,7 @@ finish() {
 case $verb in
     build) build "$@" ;;
     emulate) emulate "$@" ;;
-    run | test | sanitize | bench | peers | profile)
+    run | test | sanitize | bench | peers | model | profile)
         prepare
         set +e
         keep=40 step facts 60 bash "$root/scripts/gpu.sh" facts
@@ -259,6 +281,7 @@ case $verb in
             bench) keep=300 step bench 560 "$bench" "$@" ;;
             peers) keep=200 step peers 560 python3 "$tree/scripts/peers.py" --ours "$gpu/lib/libquantkv_cuda.so" \
                 --ceilings "$QUANTKV_BENCH_LIBRARY" --out "$out" "$@" ;;
+            model) model "$@" ;;
             profile) profile "$@" ;;
         esac
         finish

@@ -88,6 +88,9 @@ def main(folders):
         peers = read(folder, "peers.md")
         if peers:
             page += ["\n## Beside others, in one process\n", "Microseconds; `scripts/peers.py` says who is who.\n", peers]
+    for text in logs:
+        for model in re.findall(r"^######## (llama\S+)$", text, re.M):
+            page += [f"\n## {model}\n", "```text", section(text, model), "```"]
     path = os.path.join(target, name + ".md")
     with open(path, "w") as file:
         file.write("\n".join(page).rstrip() + "\n")
