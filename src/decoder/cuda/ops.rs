@@ -6,7 +6,7 @@ use super::bindings::*;
 use super::graph::Recording;
 use super::products;
 use super::weights::{self, CudaMatrix};
-use crate::cuda::{CUDA, CudaBackend, CudaBuffer};
+use crate::cuda::{CudaBackend, CudaBuffer};
 use crate::decoder::compute::{Compute, RandomMatrix, RowsAtOnce};
 use crate::decoder::weights::HostTensor;
 use crate::error::{Error, Result};
@@ -30,7 +30,7 @@ macro_rules! enqueue {
             {
                 let _ = (&op, launch);
                 let _: fn(&'static str, std::ffi::c_int) -> Result<()> = check;
-                Err::<(), _>(Error::NotCompiled { backend: CUDA, call: CALL })
+                Err::<(), _>(Error::NotCompiled { backend: crate::cuda::CUDA, call: CALL })
             }
         })
     }};

@@ -13,7 +13,7 @@ use super::bindings::*;
 use super::ops::{Buffers, enqueue, size};
 use crate::Backend;
 use crate::cuda::driver::error;
-use crate::cuda::{CUDA, CudaBackend, CudaBuffer};
+use crate::cuda::{CudaBackend, CudaBuffer};
 use crate::decoder::compute::RandomMatrix;
 use crate::decoder::weights::HostTensor;
 use crate::error::{Error, Result};
