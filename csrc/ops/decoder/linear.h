@@ -66,7 +66,7 @@ QKV_DEVICE float sum_rows(float (&acc)[kLinearRows]) {
   return sum + shuffle_xor(sum, 1);
 }
 
-template <class A, class W> QKV_KERNEL void QKV_LAUNCH_BOUNDS(kLinearThreads, 4) linear_kernel(LinearParams p) {
+template <class A, class W> QKV_KERNEL void QKV_LAUNCH_BOUNDS(kLinearThreads, 3) linear_kernel(LinearParams p) {
   const int64_t o = block_index_x() * static_cast<int64_t>(kLinearWarps) + warp_index();
   if (o >= p.outputs) return;
   const W *weight = static_cast<const W *>(p.weight) + o * p.inputs;
