@@ -2,13 +2,15 @@
 //! 40 tokens, 16 greedy tokens, rotary tables. Goldens: transformers 5.17, eager attention, f32.
 
 mod decoder_support;
+#[path = "../testing/devices.rs"]
+mod devices;
 
 use std::sync::Arc;
 
-use decoder_support::{argmax, cache_for, fixture, golden_tensors, greedy, ids, load, max_abs_diff};
+use decoder_support::{argmax, cache_for, fixture, golden_tensors, greedy, ids, load, load_on, max_abs_diff};
 use quantkv::decoder::{Batch, Compute, Config, Model, WantedLogits};
 use quantkv::scale::LayerScales;
-use quantkv::{Backend, CacheLayout, CpuBackend, KvFormat, PagedKvCache};
+use quantkv::{CacheLayout, CpuBackend, KvFormat, PagedKvCache};
 
 const MODELS: [&str; 10] = [
     "llama-bias",
@@ -27,31 +29,51 @@ const MODELS: [&str; 10] = [
 /// products deep each: 10 * 200 * 2^-24 = 1.2e-4 at worst; 1e-4 has been enough.
 const TOLERANCE: f32 = 1e-4;
 
+/// (layout, block size, tokens in a chunk)
+const CASES: [(CacheLayout, usize, usize); 6] = [
+    (CacheLayout::Hnd, 16, 40),
+    (CacheLayout::Hnd, 8, 7),
+    (CacheLayout::Nhd, 8, 40),
+    (CacheLayout::Nhd, 16, 7),
+    (CacheLayout::VllmPacked, 16, 7),
+    (CacheLayout::VllmPacked, 8, 1),
+];
+
 #[test]
 fn logits_and_greedy_tokens_match_transformers() {
     for name in MODELS {
-        let dir = fixture(&format!("arch/{name}"));
-        let golden = golden_tensors(&dir.join("golden.safetensors"));
-        let prompt = ids(&golden["input_ids"]);
-        let mut model = load(&dir);
-        for (layout, block_size, chunk) in [
-            (CacheLayout::Hnd, 16, 40),
-            (CacheLayout::Hnd, 8, 7),
-            (CacheLayout::Nhd, 8, 40),
-            (CacheLayout::Nhd, 16, 7),
-            (CacheLayout::VllmPacked, 16, 7),
-            (CacheLayout::VllmPacked, 8, 1),
-        ] {
-            let case = format!("{name}, {layout:?}, blocks of {block_size}, chunks of {chunk}");
-            let spec = model.cache_spec(block_size, KvFormat::F32).unwrap().with_layout(layout).unwrap();
-            let scales = vec![LayerScales::one(); model.config().num_layers];
-            let (mut cache, table) = cache_for(&model, spec, &scales, 56);
-            let run = greedy(&mut model, &mut cache, &table, &prompt, chunk, 16);
-            let worst = max_abs_diff(&run.prefill_logits, &golden["logits"]);
-            assert!(worst < TOLERANCE, "{case}: logits differ by {worst}");
-            assert_eq!(run.tokens, ids(&golden["greedy"]), "{case}");
-            assert!(model.backend().faults().unwrap().is_empty(), "{case}");
+        check_model(name, &Arc::new(CpuBackend::new()), &CASES);
+    }
+}
+
+/// In f32, with a step of decoding recorded and replayed from its second time on.
+#[test]
+fn logits_and_greedy_tokens_match_transformers_on_cuda() {
+    for (index, name) in MODELS.into_iter().enumerate() {
+        // Every model in one of the cases where all of them would take minutes.
+        let cases = if devices::emulated() { &CASES[index % CASES.len()..][..1] } else { &CASES };
+        if let Some(cuda) = devices::cuda() {
+            on_device!(&cuda, move |backend| check_model(name, &backend, cases));
         }
+    }
+}
+
+fn check_model<B: Compute>(name: &str, backend: &Arc<B>, cases: &[(CacheLayout, usize, usize)]) {
+    let dir = fixture(&format!("arch/{name}"));
+    let golden = golden_tensors(&dir.join("golden.safetensors"));
+    let prompt = ids(&golden["input_ids"]);
+    let mut model: Model<B> = load_on(&dir, backend);
+    for &(layout, block_size, chunk) in cases {
+        let case = format!("{name}, {layout:?}, blocks of {block_size}, chunks of {chunk}");
+        let spec = model.cache_spec(block_size, KvFormat::F32).unwrap().with_layout(layout).unwrap();
+        let scales = vec![LayerScales::one(); model.config().num_layers];
+        let (mut cache, table) = cache_for(&model, spec, &scales, 56);
+        let run = greedy(&mut model, &mut cache, &table, &prompt, chunk, 16);
+        let worst = max_abs_diff(&run.prefill_logits, &golden["logits"]);
+        println!("{case}: logits differ by {worst}");
+        assert!(worst < TOLERANCE, "{case}: logits differ by {worst}");
+        assert_eq!(run.tokens, ids(&golden["greedy"]), "{case}");
+        assert!(model.backend().faults().unwrap().is_empty(), "{case}");
     }
 }
 

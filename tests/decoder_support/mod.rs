@@ -8,9 +8,9 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use quantkv::decoder::{Batch, Model, WantedLogits};
+use quantkv::decoder::{Batch, Compute, Model, WantedLogits};
 use quantkv::scale::LayerScales;
-use quantkv::{CacheSpec, CpuBackend, PagedKvCache};
+use quantkv::{CacheSpec, CpuBackend, Element, PagedKvCache};
 use safetensors::SafeTensors;
 
 pub fn fixture(name: &str) -> PathBuf {
@@ -54,13 +54,17 @@ pub fn load(dir: &Path) -> Model<CpuBackend> {
     Model::load(dir, Arc::new(CpuBackend::new())).unwrap()
 }
 
+pub fn load_on<B: Compute<A>, A: Element>(dir: &Path, backend: &Arc<B>) -> Model<B, A> {
+    Model::load(dir, Arc::clone(backend)).unwrap()
+}
+
 /// A cache of scattered blocks for one sequence of `tokens` tokens, and that sequence's table.
-pub fn cache_for(
-    model: &Model<CpuBackend>,
+pub fn cache_for<B: Compute<A>, A: Element>(
+    model: &Model<B, A>,
     spec: CacheSpec,
     scales: &[LayerScales],
     tokens: usize,
-) -> (PagedKvCache<CpuBackend>, Vec<u32>) {
+) -> (PagedKvCache<B>, Vec<u32>) {
     let blocks = spec.blocks_for_tokens(tokens);
     let cache = PagedKvCache::new(model.backend().clone(), spec, blocks + 3, scales).unwrap();
     // Backwards and not from zero: block order must not matter.
@@ -77,9 +81,9 @@ pub struct Greedy {
 }
 
 /// Prefills `prompt` in chunks of `chunk` and decodes `count` tokens, the largest logit each.
-pub fn greedy(
-    model: &mut Model<CpuBackend>,
-    cache: &mut PagedKvCache<CpuBackend>,
+pub fn greedy<B: Compute<A>, A: Element>(
+    model: &mut Model<B, A>,
+    cache: &mut PagedKvCache<B>,
     table: &[u32],
     prompt: &[u32],
     chunk: usize,
