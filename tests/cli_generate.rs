@@ -440,6 +440,41 @@ fn random_weights_measure_steps() {
     assert!(table.contains("decode step") && table.contains("3 sequences"), "{table}");
 }
 
+/// `args`, on CUDA; nothing if this build or this machine has none (unless `QUANTKV_REQUIRE_CUDA=1`).
+fn json_on_cuda(args: &[&str]) -> Option<Value> {
+    let output = run(&[args, &["--device", "cuda", "--json"]].concat());
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    let required = std::env::var_os("QUANTKV_REQUIRE_CUDA").is_some_and(|value| value == "1");
+    if output.status.code() == Some(2) && !(required && cfg!(feature = "cuda")) {
+        assert!(stderr.contains("built without CUDA") || stderr.contains("no cuda device"), "{stderr}");
+        println!("skipped: {stderr}");
+        return None;
+    }
+    assert_eq!(output.status.code(), Some(0), "{args:?}: {stderr}");
+    Some(serde_json::from_slice(&output.stdout).unwrap())
+}
+
+#[test]
+fn cuda_gives_the_cpus_text() {
+    let short = ["--max-tokens", "14"];
+    let Some(object) = json_on_cuda(&[&short[..], &["--activations", "f32"]].concat()) else { return };
+    let (cpu, _) = json(&short);
+    assert_eq!(object["requests"], cpu["requests"]);
+    assert_eq!((object["device"].as_str(), object["activations"].as_str()), (Some("cuda:0"), Some("f32")));
+
+    // In the model's own dtype, and with our own products.
+    let Some(object) = json_on_cuda(&[&short[..], &["--products", "portable"]].concat()) else { return };
+    assert_eq!(object["activations"], "bf16");
+    let text = object["requests"][0]["outputs"][0]["text"].as_str().unwrap();
+    assert!(text.starts_with(&format!(" {ANSWER}")), "{text}");
+
+    let micro = micro();
+    let flags = ["--random-weights", &micro, "--prompt-length", "20", "--batch", "2", "--max-tokens", "5"];
+    let Some(object) = json_on_cuda(&flags) else { return };
+    assert_eq!(object["timing"]["decode_steps"]["count"], 4);
+    assert_eq!(object["requests"], json(&flags).0["requests"], "the same weights in f32");
+}
+
 #[test]
 fn a_reader_that_leaves_is_no_panic() {
     let mut child = generate()
