@@ -32,6 +32,9 @@ namespace quantkv {
 // Positions are below this, so that sums of a few of them with small numbers fit an int32_t.
 constexpr int32_t kMaxPositions = 0x7fffff00;
 
+// Tiles before a group are not more (no device would see the end of that), so that units fit an int64_t.
+constexpr int64_t kMaxTiles = int64_t(1) << 46;
+
 // Query rows a block of the prefill kernel holds, and such blocks on a multiprocessor.
 constexpr int32_t kPrefillRows = 64, kPrefillBlocks = 2;
 
@@ -131,7 +134,8 @@ QKV_DEVICE bool is_sound(const AttentionParams &params, const WorkList &list, co
          group.num_queries <= list.queries_per_group &&
          group.first_token <= params.op.num_tokens - group.num_queries &&
          group.first_position >= -list.queries_per_group && group.first_position <= params.capacity &&
-         group.begin >= 0 && group.begin <= group.end && group.end <= params.capacity;
+         group.begin >= 0 && group.begin <= group.end && group.end <= params.capacity && group.first_tile >= 0 &&
+         group.first_tile <= kMaxTiles;
 }
 
 // The pieces of one worker. Every thread of the block steps through them alike.
@@ -150,7 +154,7 @@ struct WorkIterator {
         group(list.starts[worker].group), worker(worker), is_first(true) {}
 
   QKV_DEVICE bool next(Piece &piece) {
-    if (unit >= end || group < 0 || group >= list.max_groups) return false;
+    if (unit < 0 || unit >= end || group < 0 || group >= list.max_groups) return false;
     const WorkGroup found = list.groups[group];
     if (!is_sound(params, list, found)) return false;
     int32_t tiles = tiles_of(found, list.tile);
