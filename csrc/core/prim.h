@@ -24,15 +24,11 @@ QKV_DEVICE int forget(int x) {
   return x;
 }
 
-// x in a register from here on: the compiler does not compute it again where it is used. For what a loop needs.
-template <class T> QKV_DEVICE T keep(T x) {
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a register or two");
-  if constexpr (sizeof(T) == 8) {
-    asm("" : "+l"(x));
-  } else {
-    asm("" : "+r"(x));
-  }
-  return x;
+// thread_index(), read again from where the hardware has it: where it is not worth a register until then.
+QKV_DEVICE int reread_thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
 }
 
 // ---- bits and floats
@@ -131,21 +127,6 @@ QKV_DEVICE uint16_t encode_e5m2x2(float low, float high) {
   asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
   return codes;
 }
-// Four f32 to a word of codes, x[0] in the lowest byte. One asm block: no code is zero-extended on the way.
-QKV_DEVICE uint32_t encode_e4m3x4(const float (&x)[4]) {
-  uint32_t codes;
-  asm("{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, %2, %1; cvt.rn.satfinite.e4m3x2.f32 h, %4, %3; mov.b32 %0, {l, h}; }"
-      : "=r"(codes)
-      : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
-  return codes;
-}
-QKV_DEVICE uint32_t encode_e5m2x4(const float (&x)[4]) {
-  uint32_t codes;
-  asm("{ .reg .b16 l, h; cvt.rn.satfinite.e5m2x2.f32 l, %2, %1; cvt.rn.satfinite.e5m2x2.f32 h, %4, %3; mov.b32 %0, {l, h}; }"
-      : "=r"(codes)
-      : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
-  return codes;
-}
 // Four codes to two words of f16 pairs, exact. One asm block: the second half is then a selector of the
 // instruction, not a shift.
 QKV_DEVICE void decode_e4m3x4(uint32_t codes, uint32_t &low, uint32_t &high) {
@@ -215,11 +196,11 @@ QKV_DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], const void *row) {
 
 // ---- memory
 
-// Reads that go by once (KV): past L1, in whole 128-byte lines of L2. Aligned to their size.
+// Reads that go by once (KV): past L1. Aligned to their size.
 QKV_DEVICE Words<4> load_stream(const Words<4> *p) {
   Words<4> r;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3])
                : "l"(p));
 #else
@@ -232,7 +213,7 @@ QKV_DEVICE Words<4> load_stream(const Words<4> *p) {
 QKV_DEVICE Words<2> load_stream(const Words<2> *p) {
   Words<2> r;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(r.w[0]), "=r"(r.w[1]) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2];" : "=r"(r.w[0]), "=r"(r.w[1]) : "l"(p));
 #else
   asm volatile("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(r.w[0]), "=r"(r.w[1]) : "l"(p));
 #endif
@@ -241,7 +222,7 @@ QKV_DEVICE Words<2> load_stream(const Words<2> *p) {
 QKV_DEVICE Words<1> load_stream(const Words<1> *p) {
   Words<1> r;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.u32 %0, [%1];" : "=r"(r.w[0]) : "l"(p));
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(r.w[0]) : "l"(p));
 #else
   asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(r.w[0]) : "l"(p));
 #endif
@@ -254,7 +235,7 @@ QKV_DEVICE void copy_async_16(void *shared, const void *global, bool valid) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global), "r"(bytes)
                : "memory");
 #else
   Words<4> words = {};

@@ -13,7 +13,7 @@ namespace quantkv {
 namespace {
 
 constexpr int32_t kAnyQueries = 0x7fffffff;
-constexpr int32_t kDecodeTile = 16, kDecodeMinTiles = 4;
+constexpr int32_t kDecodeTile = 16, kDecodeMinTiles = 4, kDecodePieceCost = 10;
 constexpr int32_t kDecodeRows = 16, kDecodeBlocks = 4; // at most
 
 enum class Kernel { Portable, Decode, Prefill };
@@ -57,6 +57,7 @@ WorkList list_of(const AttentionParams &params, const KernelShape &shape, const 
   list.rows = list.queries_per_group * list.heads_per_column;
   list.workers = shape.blocks_per_multiprocessor * device.multiprocessors;
   list.min_tiles = shape.min_tiles;
+  list.piece_cost = shape.piece_cost;
   list.max_groups = static_cast<int32_t>(op.num_tokens); // a group has at least one query
   list.value_stride = (op.cache.v.head_dim + 3) / 4 * 4;
   return list;
@@ -69,10 +70,10 @@ size_t place(WorkList &list, void *workspace, size_t offset) {
     offset += (count * sizeof(*part) + 255) / 256 * 256;
   };
   const size_t workers = static_cast<size_t>(list.workers), rows = 2 * workers * static_cast<size_t>(list.rows);
-  take(list.header, 1);
   take(list.groups, static_cast<size_t>(list.max_groups));
   take(list.starts, workers + 1);
   take(list.merges, workers);
+  take(list.tickets, workers);
   take(list.values, rows * static_cast<size_t>(list.value_stride));
   take(list.states, rows * 2);
   return offset;
@@ -80,15 +81,19 @@ size_t place(WorkList &list, void *workspace, size_t offset) {
 
 void add(Dispatch &dispatch, Kernel kernel, const WorkList &list) {
   dispatch.kernels[dispatch.count] = kernel;
-  dispatch.call.lists[dispatch.count++] = list;
+  dispatch.call.lists[dispatch.count] = list;
+  // The last block at a (group, column) can merge its few pieces at once, which saves a launch; many pieces are better
+  // shared out by a kernel of their own. How many there will be is a guess from the shape.
+  const int64_t columns = dispatch.call.params.op.num_seqs * list.columns;
+  dispatch.call.lists[dispatch.count++].merges_itself = kernel == Kernel::Decode && list.workers <= 6 * columns;
 }
 
 KernelShape decode_shape(const quantkv_paged_attention &op, const Device &device, int32_t rows) {
   const DecodeConfig config = decode_config(op, device, rows);
-  if (config.max_rows == 0) return KernelShape{0, 0, 0, 0};
+  if (config.max_rows == 0) return KernelShape{};
   const int32_t blocks = config.blocks_per_multiprocessor;
   return KernelShape{kDecodeTile, rows < config.max_rows ? rows : config.max_rows,
-                     blocks < kDecodeBlocks ? blocks : kDecodeBlocks, kDecodeMinTiles};
+                     blocks < kDecodeBlocks ? blocks : kDecodeBlocks, kDecodeMinTiles, kDecodePieceCost};
 }
 
 Dispatch dispatch_of(const quantkv_paged_attention &op, const Device &device) {
@@ -132,8 +137,8 @@ size_t workspace_bound(const quantkv_paged_attention &op, const Device &device) 
   };
   const size_t portable = bytes(portable_shape());
   if (device.compute_capability < 80) return portable;
-  size_t tensor_core = bytes(KernelShape{kDecodeTile, kDecodeRows, kDecodeBlocks, kDecodeMinTiles});
-  tensor_core += bytes(KernelShape{kPrefillRows, kPrefillRows, kPrefillBlocks, 1});
+  size_t tensor_core = bytes(KernelShape{kDecodeTile, kDecodeRows, kDecodeBlocks, kDecodeMinTiles, kDecodePieceCost});
+  tensor_core += bytes(KernelShape{kPrefillRows, kPrefillRows, kPrefillBlocks, 1, 0});
   return portable > tensor_core ? portable : tensor_core;
 }
 
@@ -193,9 +198,10 @@ int launch(const Dispatch &dispatch, const Device &device, quantkv_stream stream
     case Kernel::Decode: QKV_CHECK(launch_decode(call.params, list, device, stream)); break;
     case Kernel::Prefill: QKV_CHECK(launch_prefill(call.params, list, stream)); break;
     }
-    const int64_t rows = static_cast<int64_t>(list.workers) * list.rows;
+    const int64_t rows = list.merges_itself ? 0 : static_cast<int64_t>(list.workers) * list.rows;
     if (rows > most_rows) most_rows = rows;
   }
+  if (most_rows == 0) return QUANTKV_OK;
   const int64_t resident = 8 * static_cast<int64_t>(device.multiprocessors);
   const Grid grid = {most_rows < resident ? most_rows : resident, dispatch.count, 1};
   return QKV_LAUNCH_OVERLAPPED((merge_attention), grid, kMergeThreads, 0, stream, call);

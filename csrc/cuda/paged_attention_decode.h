@@ -60,7 +60,7 @@ struct CountDecodeBlocks {
   template <Format F, int D, int RowTiles, bool Dynamic> int run() {
     using Shape = DecodeShape<F, D, RowTiles, Dynamic>;
     constexpr int reserved = 1024; // by the system, a block
-    int each = Shape::kSharedBytes + static_cast<int>(sizeof(DecodeQuery<Shape>) + Shape::kWarps * sizeof(DecodeWork)) + reserved;
+    int each = Shape::kSharedBytes + static_cast<int>(sizeof(DecodeQuery<Shape>) + Shape::kWarps * sizeof(DecodeWork) + sizeof(PendingMerges)) + reserved;
     blocks = (device.max_shared_bytes + reserved) / each;
     const int32_t most = Shape::blocks_on(device.compute_capability);
     if (blocks > most) blocks = most;
@@ -75,8 +75,8 @@ struct LaunchDecode {
 
   template <Format F, int D, int RowTiles, bool Dynamic> int run() {
     using Shape = DecodeShape<F, D, RowTiles, Dynamic>;
-    return QKV_LAUNCH((paged_attention_decode<F, D, RowTiles, Dynamic>), (Grid{list.workers, 1, 1}), Shape::kThreads,
-                      Shape::kSharedBytes, stream, params, list);
+    return QKV_LAUNCH_OVERLAPPED((paged_attention_decode<F, D, RowTiles, Dynamic>), (Grid{list.workers, 1, 1}),
+                                 Shape::kThreads, Shape::kSharedBytes, stream, params, list);
   }
 };
 

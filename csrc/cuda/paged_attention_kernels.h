@@ -12,6 +12,7 @@ struct KernelShape {
   int32_t max_rows;                  // query rows of a group, at most; 0: there is no kernel for this call
   int32_t blocks_per_multiprocessor;
   int32_t min_tiles;                 // of a worker
+  int32_t piece_cost;                // of starting and ending a (group, column), in tiles
 };
 
 // f32 arithmetic: every call.

@@ -4,12 +4,13 @@
 //   column  a KV head and heads_per_column of the query heads that share it (all of them, if rows allow)
 //   rows    of a (group, column): row r is query r / num_heads of the group and head r % num_heads of the column
 //   tile    `tile` positions of a group's keys, counted from position 0; a group has at least one, empty or not
-//   unit    one tile of one (group, column): the work is the units in the order group, column, tile
+//   unit    the cost of a tile. A (group, column) is `piece_cost` units, for starting and ending it, and then one for
+//           each tile; the work is the units in the order group, column, tile
 //
 // Worker w (a block of a persistent grid) does the units starts[w].unit .. starts[w+1].unit. What it does of one
 // (group, column) is a *piece*. A piece that is all of it is finished at once; another one leaves its softmax state in
-// a slot of the workspace (two a worker: for its first piece and for its last one), and the merge kernel combines the
-// pieces in order. Which worker does what depends on the lengths and the device, never on timing.
+// a slot of the workspace (two a worker: for its first piece and for its last one), and the
+// pieces are combined in order, by the merge kernel or by whoever is the last to finish one. Which worker does what depends on the lengths and the device, never on timing.
 //
 //   plan kernel          (paged_attention_plan.h)      lengths -> groups, starts, merges
 //   an attention kernel  (_decode.h, _prefill.h, _portable.h)  pieces -> outputs or states
@@ -18,7 +19,7 @@
 // A call has up to two work lists, of sequences with few and with many query rows, each with a plan of its own.
 //
 // Workspace of a list, each part aligned to 256 bytes:
-//   PlanHeader [1]   WorkGroup [max_groups]   WorkerStart [workers + 1]   Merge [workers]
+//   WorkGroup [max_groups]   WorkerStart [workers + 1]   Merge [workers]   uint32_t tickets [workers]
 //   float values [2 * workers, rows, value_stride]     accumulators, relative to max, without the static scale of V
 //   float states [2 * workers, rows, 2]                max (base 2) and sum
 //
@@ -31,9 +32,6 @@ namespace quantkv {
 
 // Positions are below this, so that sums of a few of them with small numbers fit an int32_t.
 constexpr int32_t kMaxPositions = 0x7fffff00;
-
-// Tiles before a group are not more (no device would see the end of that), so that units fit an int64_t.
-constexpr int64_t kMaxTiles = int64_t(1) << 46;
 
 // Query rows a block of the prefill kernel holds, and such blocks on a multiprocessor.
 constexpr int32_t kPrefillRows = 64, kPrefillBlocks = 2;
@@ -50,12 +48,9 @@ struct AttentionParams {
   float cap;          // soft_cap * log2(e); 0: none
 };
 
-struct PlanHeader {
-  uint32_t num_merges;
-};
 
 struct alignas(16) WorkGroup {
-  int64_t first_tile;     // tiles of the groups before it
+  int64_t first_unit;     // units of one column of all groups before it
   int32_t seq;
   int32_t first_token;    // row of `query` of its first query
   int32_t num_queries;
@@ -66,15 +61,16 @@ struct alignas(16) WorkGroup {
 struct alignas(16) WorkerStart {
   int64_t unit;
   int32_t group;
-  int32_t reserved;
+  int32_t merge; // index of the (group, column) it begins in the middle of; -1: it does not
 };
 
-// A (group, column) that several workers share, first_worker .. last_worker.
+// A (group, column) that several workers share: what the merge kernel needs of it.
 struct alignas(16) Merge {
-  int32_t group;
-  int32_t column;
-  int32_t first_worker;
-  int32_t last_worker;
+  int32_t first_token, num_queries;
+  int32_t first_head, num_heads; // query heads of kv_head
+  int32_t kv_head;
+  int32_t first_worker, num_pieces; // pieces of first_worker and of those after it
+  int32_t first_slot;               // of the first piece; the others are the first of their workers
 };
 
 struct WorkList {
@@ -87,13 +83,15 @@ struct WorkList {
   int32_t columns;             // num_kv_heads * columns_per_kv_head
   int32_t rows;                // queries_per_group * heads_per_column
   int32_t workers;
+  int32_t piece_cost;
   int32_t min_tiles;           // a worker is not given less, unless there is not more
   int32_t max_groups;
   int32_t value_stride;        // v.head_dim, rounded up to 4
-  PlanHeader *header;
   WorkGroup *groups;
   WorkerStart *starts;
-  Merge *merges;
+  bool merges_itself;          // the attention kernel does, and the merge kernel has nothing to do
+  Merge *merges;               // [w]: of the shared (group, column) whose first tiles worker w does; no pieces: none
+  uint32_t *tickets;           // [w]: how many pieces of merges[w] are done, for kernels that merge themselves
   float *values;
   float *states;
 };
@@ -117,6 +115,7 @@ struct Piece {
   int32_t num_heads;
   int32_t begin, end;     // positions to attend to; begin / tile .. is tile aligned but for the first visible key
   int32_t slot;           // where the state goes; -1: the piece is all there is, finish it
+  int32_t merge;          // index of the merge it is a piece of; -1: none
 
   QKV_DEVICE int rows() const { return num_queries * num_heads; }
 };
@@ -128,14 +127,30 @@ QKV_DEVICE int32_t tiles_of(const WorkGroup &group, int32_t tile) {
   return larger_of(1, (group.end + tile - 1) / tile - group.begin / tile);
 }
 
+// Of one column.
+QKV_DEVICE int32_t units_of(const WorkGroup &group, const WorkList &list) {
+  return tiles_of(group, list.tile) + list.piece_cost;
+}
+
+// The query heads of a column.
+struct ColumnHeads {
+  int32_t kv_head, first_head, num_heads;
+
+  QKV_DEVICE ColumnHeads(const AttentionParams &params, const WorkList &list, int32_t column)
+      : kv_head(column / list.columns_per_kv_head) {
+    int32_t in_group = (column - kv_head * list.columns_per_kv_head) * list.heads_per_column;
+    first_head = kv_head * params.group_size + in_group;
+    num_heads = smaller_of(list.heads_per_column, params.group_size - in_group);
+  }
+};
+
 // Whether the group is one that the plan of this call could hold.
 QKV_DEVICE bool is_sound(const AttentionParams &params, const WorkList &list, const WorkGroup &group) {
   return group.seq >= 0 && group.seq < params.op.num_seqs && group.first_token >= 0 && group.num_queries > 0 &&
          group.num_queries <= list.queries_per_group &&
          group.first_token <= params.op.num_tokens - group.num_queries &&
          group.first_position >= -list.queries_per_group && group.first_position <= params.capacity &&
-         group.begin >= 0 && group.begin <= group.end && group.end <= params.capacity && group.first_tile >= 0 &&
-         group.first_tile <= kMaxTiles;
+         group.begin >= 0 && group.begin <= group.end && group.end <= params.capacity;
 }
 
 // The pieces of one worker. Every thread of the block steps through them alike.
@@ -154,35 +169,40 @@ struct WorkIterator {
         group(list.starts[worker].group), worker(worker), is_first(true) {}
 
   QKV_DEVICE bool next(Piece &piece) {
-    if (unit < 0 || unit >= end || group < 0 || group >= list.max_groups) return false;
-    const WorkGroup found = list.groups[group];
-    if (!is_sound(params, list, found)) return false;
-    int32_t tiles = tiles_of(found, list.tile);
-    int64_t local = unit - found.first_tile * list.columns;
-    if (local < 0 || local >= static_cast<int64_t>(tiles) * list.columns) return false;
-    int32_t column = static_cast<int32_t>(local / tiles);
-    int32_t first_tile = static_cast<int32_t>(local - static_cast<int64_t>(column) * tiles);
-    int32_t count = end - unit < tiles - first_tile ? static_cast<int32_t>(end - unit) : tiles - first_tile;
+    while (unit < end && group >= 0 && group < list.max_groups) {
+      const WorkGroup found = list.groups[group];
+      if (!is_sound(params, list, found)) return false;
+      const int32_t units = units_of(found, list), tiles = units - list.piece_cost;
+      const int64_t local = unit - found.first_unit * list.columns;
+      if (local < 0 || local >= static_cast<int64_t>(units) * list.columns) return false;
+      const int32_t column = static_cast<int32_t>(local / units);
+      const int32_t start = static_cast<int32_t>(local - static_cast<int64_t>(column) * units);
+      const int32_t stop = end - unit < units - start ? start + static_cast<int32_t>(end - unit) : units;
+      const int32_t first_tile = larger_of(0, start - list.piece_cost), end_tile = larger_of(0, stop - list.piece_cost);
+      unit += stop - start;
+      if (stop == units && column + 1 == list.columns) group++;
+      if (first_tile == end_tile) continue; // of the cost alone
 
-    piece.seq = found.seq;
-    piece.first_token = found.first_token;
-    piece.num_queries = found.num_queries;
-    piece.first_position = found.first_position;
-    piece.kv_head = column / list.columns_per_kv_head;
-    int32_t head_in_group = (column - piece.kv_head * list.columns_per_kv_head) * list.heads_per_column;
-    piece.first_head = piece.kv_head * params.group_size + head_in_group;
-    piece.num_heads = smaller_of(list.heads_per_column, params.group_size - head_in_group);
-    int32_t origin = found.begin / list.tile;
-    piece.begin = larger_of(found.begin, (origin + first_tile) * list.tile);
-    // The last tile may end past the largest int32_t.
-    bool is_last = first_tile + count == tiles;
-    piece.end = is_last ? found.end : (origin + first_tile + count) * list.tile;
-    piece.slot = count == tiles ? -1 : 2 * worker + (is_first ? 0 : 1);
-
-    unit += count;
-    if (is_last && column + 1 == list.columns) group++;
-    is_first = false;
-    return true;
+      const ColumnHeads heads(params, list, column);
+      piece.seq = found.seq;
+      piece.first_token = found.first_token;
+      piece.num_queries = found.num_queries;
+      piece.first_position = found.first_position;
+      piece.kv_head = heads.kv_head;
+      piece.first_head = heads.first_head;
+      piece.num_heads = heads.num_heads;
+      const int32_t origin = found.begin / list.tile;
+      piece.begin = larger_of(found.begin, (origin + first_tile) * list.tile);
+      // The last tile may end past the largest int32_t.
+      piece.end = end_tile == tiles ? found.end : (origin + end_tile) * list.tile;
+      const bool is_whole = end_tile - first_tile == tiles;
+      piece.slot = is_whole ? -1 : 2 * worker + (is_first ? 0 : 1);
+      piece.merge = is_whole ? -1 : first_tile == 0 ? worker : list.starts[worker].merge;
+      if (piece.merge >= list.workers) return false;
+      is_first = false;
+      return true;
+    }
+    return false;
   }
 };
 

@@ -20,6 +20,7 @@
 // when the piece ends. The loads of a tile are issued before the products of the one before it are used up.
 #pragma once
 #include "paged_attention_decode_tiles.h"
+#include "paged_attention_merge.h"
 
 namespace quantkv {
 
@@ -37,7 +38,7 @@ QKV_DEVICE void begin_query(uint16_t (&raw)[Shape::kRows][DecodeQuery<Shape>::kR
                             const Piece &piece) {
   constexpr int runs = Shape::kDim / 8; // of 16 bytes, a row
   const uint16_t *data = static_cast<const uint16_t *>(params.op.query.data);
-  for (int i = forget(thread_index()); i < Shape::kRows * runs; i += Shape::kThreads) {
+  for (int i = reread_thread_index(); i < Shape::kRows * runs; i += Shape::kThreads) {
     const int row = i / runs, channel = i % runs * 8, query = row / piece.num_heads;
     const bool valid = row < piece.rows();
     const int head = piece.first_head + row - query * piece.num_heads;
@@ -394,7 +395,8 @@ QKV_DEVICE void store_activation_x4(const quantkv_paged_attention &op, int64_t i
 template <class Shape>
 QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, const Piece &piece, const float *shared) {
   const float *states = shared + Shape::kWarps * Shape::kRows * Shape::kStride;
-  for (int row = forget(warp_index()); row < piece.rows(); row += Shape::kWarps) {
+  const int thread = reread_thread_index(), lane = thread % kWarp;
+  for (int row = thread / kWarp; row < piece.rows(); row += Shape::kWarps) {
     float max = negative_infinity(), sum = 0.0f, weight[Shape::kWarps];
     QKV_UNROLL
     for (int warp = 0; warp < Shape::kWarps; warp++) max = maximum(max, states[2 * (warp * Shape::kRows + row)]);
@@ -408,7 +410,7 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
     const int token = piece.first_token + query;
     const bool whole = piece.slot < 0;
     const SoftmaxEnd end = end_of_row(params, head, max, sum);
-    for (int channel = 4 * forget(lane_index()); channel < Shape::kDim; channel += 4 * kWarp) {
+    for (int channel = 4 * lane; channel < Shape::kDim; channel += 4 * kWarp) {
       float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       QKV_UNROLL
       for (int warp = 0; warp < Shape::kWarps; warp++) {
@@ -430,7 +432,7 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
         *reinterpret_cast<Words<4> *>(partial_values(list, piece.slot, row) + channel) = values;
       }
     }
-    if (lane_index() == 0) {
+    if (lane == 0) {
       if (whole) store_lse(params, token, head, end.lse);
       else store_partial_state(list, piece.slot, row, max, sum);
     }
@@ -452,16 +454,20 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
   QKV_DYNAMIC_SHARED(shared_bytes);
   QKV_SHARED(DecodeQuery<Shape>, query, 1);
   QKV_SHARED(DecodeWork, works, Shape::kWarps);
+  QKV_SHARED(PendingMerges, pending, 1);
   float *shared = reinterpret_cast<float *>(shared_bytes);
   DecodeWork &work = works[warp_index()];
   const quantkv_half &k = params.op.cache.k, &v = params.op.cache.v;
-  wait_for_previous_kernel();
-  allow_next_kernel();
-
   DecodeTile<Shape> next; // the tile on its way
   TileLoader<Shape> loader;
   // What can be asked for as soon as a piece is known, and its first tile.
   auto begin_piece = [&](const Piece &piece, int slot) {
+    const int thread = reread_thread_index();
+    if (piece.merge >= 0 && thread < 2) {
+      copy_async_16(reinterpret_cast<Words<4> *>(&pending->merges[piece.slot & 1]) + thread,
+                    reinterpret_cast<const Words<4> *>(&list.merges[piece.merge]) + thread, true);
+      pending->index[piece.slot & 1] = piece.merge;
+    }
     begin_query<Shape>(query->raw[slot], params, piece);
     work.k_scale[lane_index()] = static_scale(k, piece.kv_head, 0);
     work.offsets[slot][lane_index()] = Tiles(params, piece).offsets();
@@ -475,7 +481,14 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     if constexpr (Dynamic) loader.scales(params, next.k_dynamic, next.v_dynamic);
   };
   work.begin(list);
-  if (!work.next(params, list, 0)) return;
+  if (thread_index() == 0) pending->index[0] = pending->index[1] = -1;
+  sync_warp();
+  // A plan of an earlier call is not what the kernel before this one writes: there is no need to wait to read it.
+  if (!params.op.plan_is_ready) wait_for_previous_kernel();
+  const bool any_work = work.next(params, list, 0);
+  if (params.op.plan_is_ready) wait_for_previous_kernel();
+  allow_next_kernel();
+  if (!any_work) return;
   begin_piece(work.pieces[0], 0);
   load_first(work.pieces[0], 0);
   copy_async_wait<0>();
@@ -489,9 +502,10 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     tiles.next_blocks = work.blocks[lane_index()];
     tiles.begin_batch(0);
     work.set_whole(params, piece);
-    const bool more = work.next(params, list, slot ^ 1);
-    if (more) begin_piece(next_piece, slot ^ 1);
-    if (more && tiles.count == 0) load_first(next_piece, slot ^ 1);
+    if (work.next(params, list, slot ^ 1)) {
+      begin_piece(next_piece, slot ^ 1);
+      if (tiles.count == 0) load_first(next_piece, slot ^ 1);
+    }
 
     DecodeState<Shape, RowTiles> state;
     for (int32_t n = 0; n < tiles.count; n++) {
@@ -526,8 +540,9 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     copy_async_wait<0>();
     sync_threads();
     write_rows<Shape>(params, list, piece, shared);
-    if (!more) return;
+    if (!work.found) break;
   }
+  if (list.merges_itself) merge_when_last(params, list, *pending, *reinterpret_cast<MergeShared *>(shared));
 #endif
 }
 

@@ -69,7 +69,7 @@ template <class Shape> struct DecodeTiles {
   // Bytes from a block's first row to this lane's part of row g of K, and of row 2t of V.
   QKV_DEVICE Words<2> offsets() const {
     const quantkv_cache &cache = params.op.cache;
-    const uint32_t g = lane_index() / 4, t = lane_index() % 4;
+    const uint32_t lane = forget(lane_index()), g = lane / 4, t = lane % 4;
     return {{bytes(piece.kv_head * cache.k.map.head_stride + g * cache.k.map.slot_stride) + t * Shape::kWidthK,
              bytes(piece.kv_head * cache.v.map.head_stride + 2 * t * cache.v.map.slot_stride) + g * Shape::kWidthV}};
   }
@@ -85,9 +85,10 @@ template <class Shape> struct DecodeTiles {
 
   // This lane's block of the batch that begins with tile n.
   QKV_DEVICE int32_t find(int32_t n) const {
-    n += halved() ? lane_index() / 2 : lane_index();
+    const int lane = forget(lane_index());
+    n += halved() ? lane / 2 : lane;
     if (n >= count) return -1;
-    int32_t at = position(n) + (halved() ? 8 * (lane_index() % 2) : 0);
+    int32_t at = position(n) + (halved() ? 8 * (lane % 2) : 0);
     int32_t size = halved() ? 8 : Shape::kTile;
     return at < piece.end && at + size > piece.begin ? block_of(params, piece.seq, at >> params.paging.block_shift) : -1;
   }

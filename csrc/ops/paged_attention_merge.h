@@ -1,7 +1,10 @@
 // paged_attention's merge: the states that workers left of a (group, column) they share, to outputs and LSE.
 //
-// A block takes one row of one merge at a time. Its warps take the pieces in turn, their lanes four channels each;
-// each row is summed in an order that follows from the number of pieces alone.
+// The warps of a block share the rows of one merge, or several warps (`parts`) a row, whose pieces they take in turn;
+// a lane has four channels. A row is summed in an order that follows from the plan alone. What a merge is, and where
+// its states lie, stands in one record: two trips to memory, then the result.
+//
+// Done by a kernel of its own, or by the block that finishes the last piece (merge_when_last).
 #pragma once
 #include "paged_attention.h"
 
@@ -10,107 +13,189 @@ namespace quantkv {
 constexpr int kMergeWarps = 8;
 constexpr int kMergeThreads = kMergeWarps * kWarp;
 constexpr int kMergeChannels = 4 * kWarp; // at a time
+constexpr int kMergePieces = 4;           // on their way at once, a warp
 
-// The slots of a merge's pieces. Only the first worker can have had a piece before this one.
-struct MergeSlots {
+// One row of a merge: where its pieces lie.
+struct MergeRow {
   const WorkList &list;
-  int32_t first_worker;
-  int32_t first_slot;
+  const Merge &merge;
+  int32_t row;
 
-  QKV_DEVICE int32_t operator()(int32_t piece) const {
-    return piece == 0 ? first_slot : 2 * (first_worker + piece);
+  QKV_DEVICE int32_t slot(int32_t piece) const {
+    return piece == 0 ? merge.first_slot : 2 * (merge.first_worker + piece);
   }
-  QKV_DEVICE const float *state(int32_t piece, int32_t row) const {
-    return list.states + (static_cast<int64_t>((*this)(piece)) * list.rows + row) * 2;
+  QKV_DEVICE Words<2> state(int32_t piece) const {
+    return *reinterpret_cast<const Words<2> *>(list.states + (static_cast<int64_t>(slot(piece)) * list.rows + row) * 2);
   }
 };
 
-// Max and sum over all pieces of a row, the same in every lane.
-QKV_DEVICE void merge_states_of_row(const MergeSlots &slots, int32_t pieces, int32_t row, float &max, float &sum) {
-  max = negative_infinity();
-  for (int32_t piece = lane_index(); piece < pieces; piece += kWarp) max = maximum(max, slots.state(piece, row)[0]);
-  QKV_UNROLL
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) max = maximum(max, shuffle_xor(max, mask));
-  sum = 0.0f;
-  for (int32_t piece = lane_index(); piece < pieces; piece += kWarp) {
-    const float *state = slots.state(piece, row);
-    sum += state[1] * softmax_rescale(state[0], max);
-  }
-  QKV_UNROLL
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
-}
+// Softmax state of one row, of which a lane has four channels.
+struct MergeState {
+  float max, sum, acc[4];
 
-// Accumulators of channels `channel` .. + 4 over the pieces of one warp.
-QKV_DEVICE void merge_values_of_row(const MergeSlots &slots, int32_t pieces, int32_t row, int32_t channel, float max,
-                                    float (&acc)[4]) {
-  QKV_UNROLL
-  for (int i = 0; i < 4; i++) acc[i] = 0.0f;
-  if (channel >= slots.list.value_stride) return;
-  for (int32_t piece = warp_index(); piece < pieces; piece += kMergeWarps) {
-    float piece_max = slots.state(piece, row)[0];
-    if (piece_max == negative_infinity()) continue; // it saw no key: what its products with 0 gave is no part of this
-    float weight = softmax_rescale(piece_max, max);
-    const float *from = partial_values(slots.list, slots(piece), row) + channel;
-    Words<4> values = *reinterpret_cast<const Words<4> *>(from);
+  QKV_DEVICE void add(float other_max, float other_sum, const float (&other)[4]) {
+    // A piece that saw no key has no part in the result, whatever its products with zero gave.
+    if (other_max == negative_infinity() && other_sum == 0.0f) return;
+    const float top = maximum(max, other_max), mine = softmax_rescale(max, top), others = softmax_rescale(other_max, top);
+    max = top;
+    sum = sum * mine + other_sum * others;
     QKV_UNROLL
-    for (int i = 0; i < 4; i++) acc[i] += weight * float_of(values.w[i]);
+    for (int i = 0; i < 4; i++) acc[i] = acc[i] * mine + other[i] * others;
   }
-}
+};
 
-QKV_DEVICE bool is_sound(const WorkList &list, const Merge &merge) {
-  return merge.group >= 0 && merge.group < list.max_groups && merge.column >= 0 && merge.column < list.columns &&
-         merge.first_worker >= 0 && merge.first_worker <= merge.last_worker && merge.last_worker < list.workers;
-}
-
-QKV_DEVICE void merge_row(const AttentionParams &params, const WorkList &list, const Merge &merge, int32_t row,
-                          float *parts /* shared [kMergeWarps, kMergeChannels] */) {
-  const WorkGroup group = list.groups[merge.group];
-  if (!is_sound(params, list, group)) return;
-  int32_t kv_head = merge.column / list.columns_per_kv_head;
-  int32_t head_in_group = (merge.column - kv_head * list.columns_per_kv_head) * list.heads_per_column;
-  int32_t num_heads = smaller_of(list.heads_per_column, params.group_size - head_in_group);
-  if (row >= group.num_queries * num_heads) return;
-  int32_t head = kv_head * params.group_size + head_in_group + row % num_heads;
-  int32_t token = group.first_token + row / num_heads;
-
-  int64_t start = group.first_tile * list.columns + static_cast<int64_t>(merge.column) * tiles_of(group, list.tile);
-  int32_t first_slot = 2 * merge.first_worker + (list.starts[merge.first_worker].unit < start ? 1 : 0);
-  MergeSlots slots = {list, merge.first_worker, first_slot};
-  int32_t pieces = merge.last_worker - merge.first_worker + 1;
-  float max, sum;
-  merge_states_of_row(slots, pieces, row, max, sum);
-  SoftmaxEnd end = end_of_row(params, head, max, sum);
-  if (thread_index() == 0) store_lse(params, token, head, end.lse);
-
-  const quantkv_half &v = params.op.cache.v;
-  int64_t output = row_index(params.op.output, token, head);
-  for (int32_t base = 0; base < v.head_dim; base += kMergeChannels) {
-    float acc[4];
-    merge_values_of_row(slots, pieces, row, base + 4 * lane_index(), max, acc);
+// Pieces part, part + parts .. of a row, channels `channel` .. + 4. Loads run ahead of sums.
+QKV_DEVICE MergeState merge_pieces(const MergeRow &row, int32_t part, int32_t parts, int32_t channel) {
+  MergeState state = {negative_infinity(), 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
+  const bool inside = channel < row.list.value_stride;
+  for (int32_t base = part; base < row.merge.num_pieces; base += kMergePieces * parts) {
+    Words<2> states[kMergePieces];
+    Words<4> values[kMergePieces];
     QKV_UNROLL
-    for (int i = 0; i < 4; i++) parts[warp_index() * kMergeChannels + 4 * lane_index() + i] = acc[i];
-    sync_threads();
-    int32_t channel = base + thread_index();
-    if (thread_index() < kMergeChannels && channel < v.head_dim) {
-      float total = 0.0f;
-      QKV_UNROLL
-      for (int warp = 0; warp < kMergeWarps; warp++) total += parts[warp * kMergeChannels + thread_index()];
-      store_activation(params.op.output.data, params.op.activation, output + channel,
-                       softmax_result(total, end) * static_scale(v, kv_head, channel));
+    for (int i = 0; i < kMergePieces; i++) {
+      const int32_t piece = base + i * parts;
+      if (piece >= row.merge.num_pieces) break;
+      states[i] = row.state(piece);
+      values[i] = Words<4>{{0, 0, 0, 0}};
+      if (inside) {
+        values[i] = *reinterpret_cast<const Words<4> *>(partial_values(row.list, row.slot(piece), row.row) + channel);
+      }
     }
-    sync_threads();
+    QKV_UNROLL
+    for (int i = 0; i < kMergePieces; i++) {
+      if (base + i * parts >= row.merge.num_pieces) break;
+      const float acc[4] = {float_of(values[i].w[0]), float_of(values[i].w[1]), float_of(values[i].w[2]), float_of(values[i].w[3])};
+      state.add(float_of(states[i].w[0]), float_of(states[i].w[1]), acc);
+    }
+  }
+  return state;
+}
+
+// Whether the merge is one that the plan of this call could hold.
+QKV_DEVICE bool is_sound(const AttentionParams &params, const WorkList &list, const Merge &merge) {
+  return merge.num_queries > 0 && merge.num_heads > 0 && merge.num_queries <= list.queries_per_group &&
+         merge.num_heads <= list.heads_per_column && merge.first_token >= 0 &&
+         merge.first_token <= params.op.num_tokens - merge.num_queries && merge.first_head >= 0 &&
+         merge.first_head <= params.op.num_heads - merge.num_heads && merge.kv_head >= 0 &&
+         merge.kv_head < params.op.cache.num_kv_heads && merge.first_worker >= 0 && merge.num_pieces > 0 &&
+         merge.first_worker < list.workers && merge.num_pieces <= list.workers - merge.first_worker &&
+         merge.first_slot / 2 == merge.first_worker && merge.first_slot >= 0;
+}
+
+// Writes channels `channel` .. + 4 of a merged row.
+QKV_DEVICE void write_merged(const AttentionParams &params, const MergeRow &row, const MergeState &state, int32_t channel) {
+  const Merge &merge = row.merge;
+  const int32_t query = row.row / merge.num_heads, head = merge.first_head + row.row - query * merge.num_heads;
+  const int32_t token = merge.first_token + query;
+  const SoftmaxEnd end = end_of_row(params, head, state.max, state.sum);
+  if (channel == 0) store_lse(params, token, head, end.lse);
+  const quantkv_half &v = params.op.cache.v;
+  const int64_t output = row_index(params.op.output, token, head);
+  QKV_UNROLL
+  for (int i = 0; i < 4; i++) {
+    if (channel + i >= v.head_dim) break;
+    store_activation(params.op.output.data, params.op.activation, output + channel + i,
+                     softmax_result(state.acc[i], end) * static_scale(v, merge.kv_head, channel + i));
   }
 }
 
+// Shared by the warps of a row.
+struct MergeShared {
+  float max[kMergeWarps], sum[kMergeWarps];
+  float acc[kMergeWarps][kMergeChannels];
+};
+
+// `parts` warps a row, rows first_row .. + kMergeWarps / parts.
+QKV_DEVICE void merge_rows(const AttentionParams &params, const WorkList &list, const Merge &merge, int32_t first_row,
+                           int32_t parts, MergeShared &shared) {
+  const int32_t part = warp_index() % parts;
+  const MergeRow row = {list, merge, first_row + warp_index() / parts};
+  const bool mine = row.row < merge.num_queries * merge.num_heads;
+  for (int32_t base = 0; base < params.op.cache.v.head_dim; base += kMergeChannels) {
+    const int32_t channel = base + 4 * lane_index();
+    MergeState state = {negative_infinity(), 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
+    if (mine) state = merge_pieces(row, part, parts, channel);
+    if (parts > 1) {
+      shared.max[warp_index()] = state.max;
+      shared.sum[warp_index()] = state.sum;
+      QKV_UNROLL
+      for (int i = 0; i < 4; i++) shared.acc[warp_index()][4 * lane_index() + i] = state.acc[i];
+      sync_threads();
+      for (int32_t other = 1; other < parts && part == 0; other++) {
+        const int32_t warp = warp_index() + other;
+        float acc[4];
+        QKV_UNROLL
+        for (int i = 0; i < 4; i++) acc[i] = shared.acc[warp][4 * lane_index() + i];
+        state.add(shared.max[warp], shared.sum[warp], acc);
+      }
+      sync_threads();
+    }
+    if (mine && part == 0) write_merged(params, row, state, channel);
+  }
+}
+
+// Rows that `warps` warps take at once: a power of two, so that all warps have work.
+QKV_DEVICE int32_t rows_at_once(int32_t rows, int32_t warps) {
+  int32_t at_once = 1;
+  while (at_once < rows && at_once < warps) at_once *= 2;
+  return at_once;
+}
+
+// The merges that a block has a piece of: at most two, of its first piece and of its last one. In shared memory.
+struct PendingMerges {
+  alignas(16) Merge merges[2];
+  int32_t index[2]; // in list.merges; -1: none
+  bool is_last[2];
+};
+
+// To be called by all threads of a block (of at most kMergeWarps warps, a power of two) when all its pieces are stored:
+// the block that is the last to store a piece of a merge does the merge. Which one that is does not show.
+QKV_DEVICE void merge_when_last(const AttentionParams &params, const WorkList &list, PendingMerges &pending,
+                                MergeShared &shared) {
+  if (pending.index[0] < 0 && pending.index[1] < 0) return;
+  fence_device();
+  sync_threads();
+  const int thread = thread_index();
+  if (thread < 2) {
+    const int32_t index = pending.index[thread];
+    bool is_last = false;
+    if (index >= 0) {
+      is_last = atomic_add(&list.tickets[index], 1) + 1 == static_cast<uint32_t>(pending.merges[thread].num_pieces);
+      if (is_last) list.tickets[index] = 0; // for the next call with this plan
+    }
+    pending.is_last[thread] = is_last;
+  }
+  sync_threads();
+  fence_device();
+  QKV_NO_UNROLL
+  for (int i = 0; i < 2; i++) {
+    const Merge &merge = pending.merges[i];
+    if (!pending.is_last[i] || !is_sound(params, list, merge)) continue;
+    const int32_t warps = block_threads() / kWarp, rows = merge.num_queries * merge.num_heads;
+    const int32_t at_once = rows_at_once(rows, warps);
+    for (int32_t row = 0; row < rows; row += at_once) merge_rows(params, list, merge, row, warps / at_once, shared);
+  }
+}
+
+// Grid: x any, y the number of lists.
 QKV_KERNEL void QKV_LAUNCH_BOUNDS(kMergeThreads, 1) merge_attention(AttentionLists call) {
-  QKV_SHARED(float, parts, kMergeWarps * kMergeChannels);
+  QKV_SHARED(MergeShared, shared, 1);
   const WorkList &list = call.lists[block_index_y()];
+  if (list.merges_itself) {
+    // This kernel's end must not be before the other's.
+    wait_for_previous_kernel();
+    return;
+  }
+  // The plan is there: the kernel before this one had waited for it before it let this one start.
+  const int32_t rows = rows_at_once(list.rows, kMergeWarps);
+  const int64_t items_a_merge = (list.rows + rows - 1) / rows, items = items_a_merge * list.workers;
+  Merge merge = {};
+  if (block_index_x() < items) merge = list.merges[block_index_x() / items_a_merge];
   wait_for_previous_kernel();
-  int64_t merges = list.header->num_merges;
-  int64_t items = (merges < list.workers ? merges : list.workers) * list.rows;
   for (int64_t item = block_index_x(); item < items; item += grid_size_x()) {
-    const Merge merge = list.merges[item / list.rows];
-    if (is_sound(list, merge)) merge_row(call.params, list, merge, static_cast<int32_t>(item % list.rows), parts);
+    if (item != block_index_x()) merge = list.merges[item / items_a_merge];
+    if (!is_sound(call.params, list, merge)) continue;
+    merge_rows(call.params, list, merge, static_cast<int32_t>(item % items_a_merge) * rows, kMergeWarps / rows, shared[0]);
   }
 }
 

@@ -1,7 +1,7 @@
 // paged_attention's plan: lengths to groups, shares of workers, and what is to be merged. Once a step, for all layers.
 //
 // One block a work list. It goes through the sequences kPlanThreads at a time, and through the groups of those the
-// same way; prefix sums over the block give every group its place and the tiles before it. Then each worker's share
+// same way; prefix sums over the block give every group its place and the units before it. Then each worker's share
 // is a division, and its first group a binary search.
 //
 // What nobody has checked is checked here: query starts that decrease, leave the rows or reach back into rows claimed
@@ -86,7 +86,7 @@ QKV_DEVICE void read_query_starts(const AttentionParams &params, int64_t base, S
   sync_threads();
 }
 
-// Group `index` of a sequence's, but for first_tile.
+// Group `index` of a sequence's, but for first_unit.
 QKV_DEVICE WorkGroup group_of(const AttentionParams &params, const WorkList &list, int32_t seq, int32_t first_token,
                               int32_t end_token, int32_t length, int64_t index) {
   WorkGroup group = {};
@@ -101,12 +101,12 @@ QKV_DEVICE WorkGroup group_of(const AttentionParams &params, const WorkList &lis
 }
 
 // The share of each worker and the pieces to be merged. `units` > 0.
-QKV_DEVICE void hand_out(const WorkList &list, int32_t num_groups, int64_t units) {
+QKV_DEVICE void hand_out(const AttentionParams &params, const WorkList &list, int32_t num_groups, int64_t units) {
   int64_t most = units / list.min_tiles;
   int64_t busy = most < 1 ? 1 : most < list.workers ? most : list.workers;
   for (int32_t worker = thread_index(); worker <= list.workers; worker += kPlanThreads) {
     if (worker >= busy) {
-      list.starts[worker] = WorkerStart{units, num_groups, 0};
+      list.starts[worker] = WorkerStart{units, num_groups, -1};
       continue;
     }
     int64_t unit = worker * units / busy;
@@ -114,23 +114,34 @@ QKV_DEVICE void hand_out(const WorkList &list, int32_t num_groups, int64_t units
     int32_t group = 0, beyond = num_groups;
     while (beyond - group > 1) {
       int32_t middle = group + (beyond - group) / 2;
-      if (list.groups[middle].first_tile * list.columns <= unit) {
+      if (list.groups[middle].first_unit * list.columns <= unit) {
         group = middle;
       } else {
         beyond = middle;
       }
     }
-    list.starts[worker] = WorkerStart{unit, group, 0};
+    const WorkGroup found = list.groups[group];
+    const int64_t size = units_of(found, list), local = unit - found.first_unit * list.columns;
+    const int64_t column = local / size, column_start = unit - local + column * size;
+    const int64_t tiles_start = column_start + list.piece_cost;
+    // The last worker that begins at `at` or before: worker * units / busy <= at, rounded down.
+    const auto worker_at = [&](int64_t at) { return static_cast<int32_t>(((at + 1) * busy + units - 1) / units - 1); };
+    const int32_t first = worker_at(tiles_start);
+    list.starts[worker] = WorkerStart{unit, group, tiles_start < unit ? first : -1};
 
-    // If this worker is the first to begin inside a (group, column), that one is shared.
-    int64_t tiles = tiles_of(list.groups[group], list.tile);
-    int64_t local = unit - list.groups[group].first_tile * list.columns;
-    int64_t column = local / tiles, column_start = unit - local + column * tiles;
-    if (column_start < unit && (worker - 1) * units / busy <= column_start) {
-      // The last worker that begins before its end.
-      int64_t last = ((column_start + tiles) * busy + units - 1) / units - 1;
-      uint32_t index = atomic_add(&list.header->num_merges, 1);
-      list.merges[index] = Merge{group, static_cast<int32_t>(column), worker - 1, static_cast<int32_t>(last)};
+    // The second worker of a (group, column) writes its record.
+    if (tiles_start < unit && first == worker - 1) {
+      const ColumnHeads heads(params, list, static_cast<int32_t>(column));
+      Merge merge = {};
+      merge.first_token = found.first_token;
+      merge.num_queries = found.num_queries;
+      merge.first_head = heads.first_head;
+      merge.num_heads = heads.num_heads;
+      merge.kv_head = heads.kv_head;
+      merge.first_worker = first;
+      merge.num_pieces = worker_at(column_start + size - 1) - first + 1;
+      merge.first_slot = 2 * first + (first * units / busy < column_start ? 1 : 0);
+      list.merges[first] = merge;
     }
   }
 }
@@ -144,11 +155,14 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists
   wait_for_previous_kernel();
   if (thread == 0) {
     batch.claimed = 0;
-    list.header->num_merges = 0;
+  }
+  for (int32_t worker = thread; worker < list.workers; worker += kPlanThreads) {
+    list.merges[worker].num_pieces = 0;
+    list.tickets[worker] = 0;
   }
   sync_threads();
 
-  int64_t num_groups = 0, num_tiles = 0;
+  int64_t num_groups = 0, num_units = 0;
   for (int64_t base = 0; base < params.op.num_seqs; base += kPlanThreads) {
     read_query_starts(params, base, batch);
     int32_t queries = batch.last[thread] - batch.first[thread], length = 0;
@@ -164,7 +178,7 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists
     sync_threads();
 
     for (int64_t group_base = 0; group_base < batch_groups; group_base += kPlanThreads) {
-      int64_t index = group_base + thread, tiles = 0, new_tiles = 0;
+      int64_t index = group_base + thread, units = 0, new_units = 0;
       WorkGroup group = {};
       if (index < batch_groups) {
         // The last sequence whose groups begin at this one or before.
@@ -179,18 +193,18 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists
         }
         group = group_of(params, list, static_cast<int32_t>(base + i), batch.first[i], batch.last[i], batch.length[i],
                          index - batch.groups_before[i]);
-        tiles = tiles_of(group, list.tile);
+        units = units_of(group, list);
       }
-      group.first_tile = num_tiles + block_prefix(tiles, batch.warp_sums, new_tiles);
+      group.first_unit = num_units + block_prefix(units, batch.warp_sums, new_units);
       if (index < batch_groups && num_groups + index < list.max_groups) list.groups[num_groups + index] = group;
-      num_tiles += new_tiles;
+      num_units += new_units;
     }
     num_groups += batch_groups;
     sync_threads();
   }
 
   if (num_groups > 0) {
-    hand_out(list, static_cast<int32_t>(num_groups), num_tiles * list.columns);
+    hand_out(params, list, static_cast<int32_t>(num_groups), num_units * list.columns);
   } else {
     for (int32_t worker = thread; worker <= list.workers; worker += kPlanThreads) list.starts[worker] = WorkerStart{};
   }
