@@ -84,6 +84,11 @@ QKV_HOST_DEVICE int64_t dynamic_scale_index(const Paging &paging, int64_t block,
   return ((block * paging.num_kv_heads + head) << paging.block_shift) + slot;
 }
 
+// The same of (head, slot in the cache).
+QKV_HOST_DEVICE int64_t dynamic_scale_of_slot(const Paging &paging, int64_t slot, int head) {
+  return dynamic_scale_index(paging, slot >> paging.block_shift, head, static_cast<int>(slot & (paging.block_size() - 1)));
+}
+
 // The static scale of (head, channel).
 QKV_DEVICE float static_scale(const quantkv_scale &scale, int head, int channel) {
   return scale.values[head * scale.head_stride + channel * scale.channel_stride];

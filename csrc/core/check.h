@@ -26,9 +26,11 @@ inline bool is_activation(int32_t format) { return format >= QUANTKV_F32 && form
 
 inline bool is_aligned(const void *p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uint64_t>(bytes) == 0; }
 
-// a * b + c for numbers that are not negative; -1 if one is, or if it is more than memory can hold.
+// a * b + c for numbers that are not negative; -1 if one is, or if it is more than memory can hold. Nothing times a
+// stride is nothing, whatever the stride.
 inline int64_t product_plus(int64_t a, int64_t b, int64_t c) {
   constexpr int64_t limit = INT64_C(1) << 60;
+  if (a == 0) b = 0;
   if (a < 0 || b < 0 || c < 0 || a > limit || b > limit || c > limit) return -1;
   if (a != 0 && b > limit / a) return -1;
   const int64_t sum = a * b + c;
@@ -40,6 +42,31 @@ inline int64_t extent(int64_t count0, int64_t stride0, int64_t count1, int64_t s
   const int64_t inner = product_plus(count1 > 0 ? count1 - 1 : 0, stride1, last);
   return inner < 0 ? -1 : product_plus(count0 > 0 ? count0 - 1 : 0, stride0, inner);
 }
+
+// ---- strides that nothing is multiplied by may be anything: zero from here on, so that no product of them overflows
+
+inline quantkv_rows used_strides(quantkv_rows rows, int64_t tokens, int32_t heads) {
+  if (tokens <= 1) rows.token_stride = 0;
+  if (heads <= 1) rows.head_stride = 0;
+  return rows;
+}
+inline quantkv_scale used_strides(quantkv_scale scale, int32_t heads, int32_t dim) {
+  if (heads <= 1) scale.head_stride = 0;
+  if (dim <= 1) scale.channel_stride = 0;
+  return scale;
+}
+inline quantkv_cache used_strides(quantkv_cache cache) {
+  quantkv_half *const halves[] = {&cache.k, &cache.v};
+  for (quantkv_half *half : halves) {
+    half->scale = used_strides(half->scale, cache.num_kv_heads, half->head_dim);
+    if (cache.num_blocks <= 1) half->map.block_stride = 0;
+    if (cache.num_kv_heads <= 1) half->map.head_stride = 0;
+    if (half->map.chunk >= half->head_dim) half->map.chunk_stride = 0;
+  }
+  return cache;
+}
+
+// ---- checks
 
 inline int check_heads(int32_t heads) {
   if (heads > kMaxHeads) return QUANTKV_UNSUPPORTED;

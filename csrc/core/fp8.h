@@ -75,7 +75,11 @@ template <Format F> QKV_DEVICE uint32_t encode(float x) { return encode2<F>(x, 0
 
 // Four codes, x[0] in the lowest byte.
 template <Format F> QKV_DEVICE uint32_t encode4(const float (&x)[4]) {
-  return byte_permute(encode2<F>(x[0], x[1]), encode2<F>(x[2], x[3]), 0x5410);
+#if QKV_HAS_FP8_CONVERSION
+  if constexpr (F == Format::E4M3) return encode_e4m3x4(x);
+  if constexpr (F == Format::E5M2) return encode_e5m2x4(x);
+#endif
+  return encode2<F>(x[0], x[1]) | encode2<F>(x[2], x[3]) << 16;
 }
 
 // ---- f32 and f16 from codes

@@ -24,6 +24,17 @@ QKV_DEVICE int forget(int x) {
   return x;
 }
 
+// x in a register from here on: the compiler does not compute it again where it is used. For what a loop needs.
+template <class T> QKV_DEVICE T keep(T x) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "a register or two");
+  if constexpr (sizeof(T) == 8) {
+    asm("" : "+l"(x));
+  } else {
+    asm("" : "+r"(x));
+  }
+  return x;
+}
+
 // thread_index(), read again from where the hardware has it: where it is not worth a register until then.
 QKV_DEVICE int reread_thread_index() {
   int index;
@@ -125,6 +136,21 @@ QKV_DEVICE uint16_t encode_e4m3x2(float low, float high) {
 QKV_DEVICE uint16_t encode_e5m2x2(float low, float high) {
   uint16_t codes;
   asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(codes) : "f"(high), "f"(low));
+  return codes;
+}
+// Four f32 to a word of codes, x[0] in the lowest byte. One asm block: no code is zero-extended on the way.
+QKV_DEVICE uint32_t encode_e4m3x4(const float (&x)[4]) {
+  uint32_t codes;
+  asm("{ .reg .b16 l, h; cvt.rn.satfinite.e4m3x2.f32 l, %2, %1; cvt.rn.satfinite.e4m3x2.f32 h, %4, %3; mov.b32 %0, {l, h}; }"
+      : "=r"(codes)
+      : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
+  return codes;
+}
+QKV_DEVICE uint32_t encode_e5m2x4(const float (&x)[4]) {
+  uint32_t codes;
+  asm("{ .reg .b16 l, h; cvt.rn.satfinite.e5m2x2.f32 l, %2, %1; cvt.rn.satfinite.e5m2x2.f32 h, %4, %3; mov.b32 %0, {l, h}; }"
+      : "=r"(codes)
+      : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
   return codes;
 }
 // Four codes to two words of f16 pairs, exact. One asm block: the second half is then a selector of the

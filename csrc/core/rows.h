@@ -3,8 +3,8 @@
 //   Vector<F>    8 consecutive elements of format F: 8 bytes (FP8), 16 (f16, bf16) or 32 (f32), loaded and stored
 //                in pieces of 8 or 16 bytes, so aligned to vector_alignment(F)
 //   RowScale     the scales of one row of a quantized half
-//   RowShare     rows [tokens, rows] over blocks of kRowThreads: a power of two of lanes a row, one or two vectors
-//                a lane, several tokens in flight a thread; nothing is divided in a loop
+//   RowShare     rows [tokens, rows] over blocks of kRowThreads: a power of two of lanes a row, several vectors a
+//                lane and several tokens a thread; nothing is divided in a loop
 //
 //   thread of a block      group = thread / lanes, lane = thread % lanes
 //   rows <= groups:        `side` tokens side by side, group = token * rows + row
@@ -185,18 +185,20 @@ QKV_DEVICE RowScale with_dynamic(const RowScale &fixed, float dynamic) {
 
 // ---- quantize, dequantize
 
-// x / s rounded to f32 as divide() does it, given r = RN(1/s): five operations instead of ten, three branches and a
-// special function.
+// x / s rounded to f32 as divide() does it, given r = RN(1/s): three operations (16-bit A) or five instead of ten, three
+// branches and a special function.
 //
 // The product q = RN(x r) is within 2 ulp of x/s; a correction by its remainder makes it one of the two neighbours of
-// x/s, and a second one, by Markstein's theorem, RN(x/s). The theorem asks that nothing over- or underflows. For s in
-// 2^-63 .. 2^63 the remainders are exact where |x/s| >= 2^-18; what is smaller stays smaller and keeps its sign, and
-// is zero in every 8-bit format. What overflows, and an infinite x, ends in a NaN (inf - inf), which the code shows.
-// The remainder is negated so that zeros keep their sign.
-QKV_DEVICE float quotient(float x, float scale, float reciprocal) {
+// x/s, and a second one, by Markstein's theorem, RN(x/s). Where x has the 8 or 11 bits of a bf16 or f16 the first is
+// enough: so it is for every such significand and every significand of s (testing/conformance looks at all of them).
+// Over- and underflow: for s in 2^-63 .. 2^63 the remainders are exact where |x/s| >= 2^-18; what is smaller stays
+// smaller and keeps its sign, and is zero in every 8-bit format. What overflows, and an infinite x, ends in a NaN
+// (inf - inf), which the code shows. The remainder is negated so that zeros keep their sign.
+template <Format A> QKV_DEVICE float quotient(float x, float scale, float reciprocal) {
+  constexpr int corrections = A == Format::F32 ? 2 : 1;
   float q = multiply(x, reciprocal);
   QKV_UNROLL
-  for (int pass = 0; pass < 2; pass++) {
+  for (int i = 0; i < corrections; i++) {
     float rest = fused_multiply_add(q, scale, -x);
     q = fused_multiply_add(-rest, reciprocal, q);
   }
@@ -208,60 +210,69 @@ QKV_DEVICE float easy_reciprocal(float scale) {
   return scale >= 1.08420217e-19f && scale <= 9.22337204e+18f ? divide(1.0f, scale) : 0.0f;
 }
 
-// Scales of 8 channels and their reciprocals (Each), or one for all of them.
+// Scales of 8 channels and their reciprocals (kEach), or one for all of them.
 template <bool kEach> struct EasyScales {
   static constexpr int kCount = kEach ? kVector : 1;
   float scale[kCount];
   float reciprocal[kCount];
-  bool are_easy;
 
-  QKV_DEVICE EasyScales() : are_easy(false) {}
   QKV_DEVICE void set(int i, float s) {
     scale[i] = s;
     reciprocal[i] = easy_reciprocal(s);
-    are_easy = (i == 0 || are_easy) && reciprocal[i] != 0.0f;
   }
-  QKV_DEVICE float quotient_of(int i, float x) const {
-    return quotient(x, scale[kEach ? i : 0], reciprocal[kEach ? i : 0]);
+  QKV_DEVICE bool are_easy() const {
+    bool easy = true;
+    QKV_UNROLL
+    for (int i = 0; i < kCount; i++) easy &= reciprocal[i] != 0.0f;
+    return easy;
   }
 };
 
-// Stores 8 activations where they are one of the common cases: the same type, or E4M3 or E5M2 with easy scales and
-// finite values. False, with nothing stored, where not: store_elements does the rest.
-template <Format A, bool kEach>
-QKV_DEVICE bool store_fast(Format format, void *p, const Vector<A> &v, const EasyScales<kEach> &scales) {
-  if (format == A) {
-    store_vector(p, v);
-    return true;
-  }
-  if (!scales.are_easy || (format != Format::E4M3 && format != Format::E5M2)) return false;
+// Stores the codes of 8 quotients. False where a NaN (0x7f in both formats) came out: it is one of x, or what `quotient`
+// cannot do, and the codes are to be made again by store_elements.
+template <Format F, Format A, bool kEach>
+QKV_DEVICE bool store_quotients(void *p, const Vector<A> &v, const EasyScales<kEach> &scales) {
+  static_assert(F == Format::E4M3 || F == Format::E5M2, "formats with NaN 0x7f");
   float x[kVector];
   unpack_vector<A>(v, x);
   QKV_UNROLL
-  for (int i = 0; i < kVector; i++) x[i] = scales.quotient_of(i, x[i]);
-  Words<2> codes;
-  QKV_UNROLL
-  for (int i = 0; i < 2; i++) {
-    const float four[4] = {x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]};
-    codes.w[i] = format == Format::E4M3 ? encode4<Format::E4M3>(four) : encode4<Format::E5M2>(four);
+  for (int i = 0; i < kVector; i++) {
+    x[i] = quotient<A>(x[i], scales.scale[kEach ? i : 0], scales.reciprocal[kEach ? i : 0]);
   }
-  // NaN, 0x7f in both: one of x, or what `quotient` cannot do.
+  const Vector<F> codes = pack_vector<F>(x);
+  store_vector(p, codes);
   const uint32_t carries = ((codes.w[0] & 0x7f7f7f7fu) + 0x01010101u) | ((codes.w[1] & 0x7f7f7f7fu) + 0x01010101u);
-  if ((carries & 0x80808080u) != 0) return false;
-  *static_cast<Words<2> *>(p) = codes;
-  return true;
+  return (carries & 0x80808080u) == 0;
 }
 
-// Stores elements x[0], x[step] .. x[count - 1] (`x` and `p` point at channel `channel`), any format and scale.
+// What may be done with a vector of 8 activations of format A, in a few instructions each.
+enum class Store { Copy, E4M3, E5M2, Elements };
+
+template <Format A> QKV_DEVICE Store store_of(Format format, bool are_easy) {
+  if (format == A) return Store::Copy;
+  if (are_easy && format == Format::E4M3) return Store::E4M3;
+  if (are_easy && format == Format::E5M2) return Store::E5M2;
+  return Store::Elements;
+}
+
+// False where store_elements is to do it.
+template <Format A, bool kEach>
+QKV_DEVICE bool store_fast(Store store, void *p, const Vector<A> &v, const EasyScales<kEach> &scales) {
+  switch (store) {
+  case Store::Copy: store_vector(p, v); return true;
+  case Store::E4M3: return store_quotients<Format::E4M3>(p, v, scales);
+  case Store::E5M2: return store_quotients<Format::E5M2>(p, v, scales);
+  default: return false;
+  }
+}
+
+// Stores 8 activations, any format and any scale; `channel` is that of the first.
 template <class T>
-QKV_DEVICE void store_elements(Format format, void *p, const T *x, int first, int count, int step,
-                               const RowScale &scale, int channel) {
+QKV_DEVICE void store_elements(Format format, void *p, const T *x, const RowScale &scale, int channel) {
   dispatch_format(format, [&](auto tag) {
     constexpr Format F = decltype(tag)::value;
     QKV_NO_UNROLL
-    for (int i = first; i < count; i += step) {
-      store_element<F>(p, i, x[i], is_quantized(F) ? scale.at(channel + i) : 1.0f);
-    }
+    for (int i = 0; i < kVector; i++) store_element<F>(p, i, x[i], is_quantized(F) ? scale.at(channel + i) : 1.0f);
   });
 }
 
@@ -282,29 +293,27 @@ QKV_DEVICE Vector<A> from_stored_vector(const Vector<F> &v, const float (&scale)
 // ---- sharing
 
 constexpr int kRowThreads = 256;
-// Enough blocks to keep any device busy: loops in a thread get longer only beyond it.
-constexpr int64_t kFillingBlocks = 288;
+// Enough blocks to keep any device busy and evenly so: threads do more than one token only beyond it.
+constexpr int64_t kFillingBlocks = 1024;
 
 struct RowShare {
   int32_t lane_shift; // log2 of the lanes of a row
   int32_t rows;       // rows of a token
   int32_t side;       // tokens side by side in a block
-  int32_t steps;      // tokens of a thread in one turn
-  int32_t vectors;    // vectors a lane holds at most: 1 or 2
+  int32_t steps;      // tokens of a thread, `side` apart
 
   QKV_HOST_DEVICE int lanes() const { return 1 << lane_shift; }
   QKV_HOST_DEVICE int groups() const { return kRowThreads >> lane_shift; }
-  QKV_HOST_DEVICE int tokens_per_turn() const { return side * steps; }
+  QKV_HOST_DEVICE int tokens_per_block() const { return side * steps; }
 };
 
-// `width`: vectors of the longest row, at most 64. `max_steps`: what a thread has registers for, at one vector a lane.
-inline RowShare share_rows(int64_t tokens, int rows, int width, int max_steps) {
-  RowShare share = {0, rows, 1, 1, 1};
-  while (share.lanes() < width && share.lanes() < kWarp) share.lane_shift++;
-  if (width > share.lanes()) share.vectors = 2;
+// `width`: vectors of the longest row, of which a lane is to have `per_lane` (more, if that takes more than a warp).
+inline RowShare share_rows(int64_t tokens, int rows, int width, int per_lane, int max_steps) {
+  RowShare share = {0, rows, 1, 1};
+  while (share.lanes() * per_lane < width && share.lanes() < kWarp) share.lane_shift++;
   if (rows < share.groups()) share.side = share.groups() / rows;
-  while (2 * share.steps * share.vectors <= max_steps &&
-         ceil_div(tokens, 2 * share.tokens_per_turn()) * ceil_div(rows, share.groups()) >= kFillingBlocks) {
+  while (2 * share.steps <= max_steps &&
+         ceil_div(tokens, 2 * share.tokens_per_block()) * ceil_div(rows, share.groups()) >= kFillingBlocks) {
     share.steps *= 2;
   }
   return share;
@@ -312,7 +321,7 @@ inline RowShare share_rows(int64_t tokens, int rows, int width, int max_steps) {
 
 // Blocks for `tokens`, which max_tokens() limits.
 inline Grid grid_of(const RowShare &share, int64_t tokens) {
-  return Grid{ceil_div(tokens, share.tokens_per_turn()), ceil_div(share.rows, share.groups()), 1};
+  return Grid{ceil_div(tokens, share.tokens_per_block()), ceil_div(share.rows, share.groups()), 1};
 }
 
 // Tokens that one grid covers. More than any device has memory for; launchers cut longer calls all the same.
@@ -334,7 +343,7 @@ struct RowPlace {
       side_token = group / share.rows;
       row = side_token < share.side ? group - side_token * share.rows : share.rows;
     }
-    first_token = static_cast<int64_t>(block_index_x()) * share.tokens_per_turn() + side_token;
+    first_token = static_cast<int64_t>(block_index_x()) * share.tokens_per_block() + side_token;
   }
 };
 

@@ -19,7 +19,7 @@ template <class T> int launch_absmax(AbsmaxParams &p, void *stream) {
     return QKV_LAUNCH_OVERLAPPED((absmax_elements<T>), grid, kRowThreads, 0, stream, p);
   }
   const int width = op.head_dim / kVector < kWarp ? op.head_dim / kVector : kWarp;
-  p.share = share_rows(op.num_tokens, op.num_heads, width, 1);
+  p.share = share_rows(op.num_tokens, op.num_heads, width, 1, 1);
   p.share.steps = tokens;
   Grid grid = grid_of(p.share, op.num_tokens);
   const int64_t most = ceil_div(kMaxAbsmaxBlocks, grid.y);
@@ -44,6 +44,9 @@ int quantkv_cuda_absmax(const quantkv_absmax *op, quantkv_stream stream) {
   QKV_CHECK(check(*op));
   if (op->num_tokens == 0) return QUANTKV_OK;
   AbsmaxParams p = {*op, {}};
+  p.op.input = used_strides(op->input, op->num_tokens, op->num_heads);
+  if (op->num_heads == 1) p.op.head_stride = 0;
+  if (op->head_dim == 1) p.op.channel_stride = 0;
   switch (op->activation) {
   case QUANTKV_F32: return launch_absmax<float>(p, stream);
   case QUANTKV_F16: return launch_absmax<f16>(p, stream);

@@ -16,7 +16,7 @@ template <class T, bool kQuantize> int launch_convert(const quantkv_convert &op,
     return QKV_LAUNCH_OVERLAPPED((convert_elements<T, kQuantize>), grid, kRowThreads, 0, stream, p);
   }
   const int width = op.head_dim / kVector < kWarp ? op.head_dim / kVector : kWarp;
-  p.share = share_rows(op.num_tokens, op.num_heads, width, 2);
+  p.share = share_rows(op.num_tokens, op.num_heads, width, 1, 2);
   const Grid grid = grid_of(p.share, op.num_tokens);
   if constexpr (kQuantize) {
     return QKV_LAUNCH_OVERLAPPED((quantize_vectors<A, 2>), grid, kRowThreads, 0, stream, p);
@@ -40,7 +40,9 @@ template <bool kQuantize> int convert(const quantkv_convert *op, void *stream) {
   if (op == nullptr) return QUANTKV_INVALID_ARGUMENT;
   QKV_CHECK(check(*op));
   quantkv_convert part = *op;
-  const int64_t row_bytes = op->rows.token_stride * bytes_of(static_cast<Format>(op->activation));
+  part.rows = used_strides(op->rows, op->num_tokens, op->num_heads);
+  part.scale = used_strides(op->scale, op->num_heads, op->head_dim);
+  const int64_t row_bytes = part.rows.token_stride * bytes_of(static_cast<Format>(op->activation));
   const int64_t code_bytes = static_cast<int64_t>(op->num_heads) * op->head_dim * bytes_of(static_cast<Format>(op->format));
   for (int64_t done = 0; done < op->num_tokens; done += kMaxTokensPerGrid) {
     const int64_t left = op->num_tokens - done;

@@ -11,7 +11,7 @@ constexpr int64_t kMaxGatherBlocks = 2048;
 
 template <bool kRaw, Format A> int launch_gather(GatherParams &p, bool vectors, int width, void *stream) {
   const int heads = p.op.cache.num_kv_heads;
-  p.share = share_rows(p.op.num_tokens, 2 * heads, vectors ? width : kWarp, 1);
+  p.share = share_rows(p.op.num_tokens, 2 * heads, vectors ? width : kWarp, 1, 1);
   const int64_t columns = vectors ? ceil_div(p.share.rows, p.share.groups()) : 1;
   p.tile = 4;
   while (p.tile < kMaxTile && ceil_div(p.op.num_tokens, 2 * p.tile) * columns >= kMaxGatherBlocks / 2) p.tile *= 2;
@@ -51,6 +51,9 @@ int quantkv_cuda_gather(const quantkv_gather *op, quantkv_stream stream) {
   }
   QKV_CHECK(check(p.op));
   if (op->num_seqs == 0) return QUANTKV_OK;
+  p.op.cache = used_strides(op->cache);
+  p.op.key = used_strides(p.op.key, op->num_tokens, op->cache.num_kv_heads);
+  p.op.value = used_strides(p.op.value, op->num_tokens, op->cache.num_kv_heads);
   p.paging = paging_of(op->cache);
   const bool vectors = rows_have_vectors(p.op.key, raw ? k.format : op->activation, k.head_dim) && half_has_vectors(k) &&
                        rows_have_vectors(p.op.value, raw ? v.format : op->activation, v.head_dim) && half_has_vectors(v);

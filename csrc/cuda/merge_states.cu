@@ -16,7 +16,7 @@ template <class T> int launch_merge(const quantkv_merge_states &op, void *stream
     return QKV_LAUNCH_OVERLAPPED((merge_elements<T>), grid, kRowThreads, 0, stream, p);
   }
   const int width = op.head_dim / kVector < kWarp ? op.head_dim / kVector : kWarp;
-  p.share = share_rows(op.num_tokens, op.num_heads, width, 1);
+  p.share = share_rows(op.num_tokens, op.num_heads, width, 1, 1);
   return QKV_LAUNCH_OVERLAPPED((merge_vectors<A>), grid_of(p.share, op.num_tokens), kRowThreads, 0, stream, p);
 }
 
@@ -40,7 +40,8 @@ int quantkv_cuda_merge_states(const quantkv_merge_states *op, quantkv_stream str
   QKV_CHECK(check(*op));
   // Tokens that one grid covers; see kMaxTokensPerGrid.
   quantkv_merge_states part = *op;
-  const int64_t row_bytes = op->a.token_stride * bytes_of(static_cast<Format>(op->activation));
+  part.a = used_strides(op->a, op->num_tokens, op->num_heads);
+  const int64_t row_bytes = part.a.token_stride * bytes_of(static_cast<Format>(op->activation));
   for (int64_t done = 0; done < op->num_tokens; done += kMaxTokensPerGrid) {
     const int64_t left = op->num_tokens - done, states = done * op->num_heads;
     part.num_tokens = left < kMaxTokensPerGrid ? left : kMaxTokensPerGrid;

@@ -35,7 +35,7 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 4) absmax_vectors(const AbsmaxPar
   const RowPlace place(p.share);
   const int head = place.row, step = p.share.side;
   const bool is_row = place.row < p.share.rows;
-  const int64_t stride = static_cast<int64_t>(grid_size_x()) * p.share.tokens_per_turn();
+  const int64_t stride = static_cast<int64_t>(grid_size_x()) * p.share.tokens_per_block();
   const bool by_channel = op.channel_stride != 0;
 
   float of_row = 0.0f;

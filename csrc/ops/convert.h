@@ -41,13 +41,14 @@ template <Format A, int kTokens> QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 
     EasyScales<true> easy;
     QKV_UNROLL
     for (int i = 0; i < kVector; i++) easy.set(i, scale.at(channel + i));
+    const Store store = store_of<A>(format, easy.are_easy());
     QKV_UNROLL
     for (int i = 0; i < kTokens; i++) {
       const int64_t token = place.first_token + i * p.share.side;
       if (i >= p.share.steps || token >= op.num_tokens) continue;
       char *codes = static_cast<char *>(op.codes) + (code_index(op, token, head) + channel) * bytes_of(format);
-      if (store_fast(format, codes, x[i], easy)) continue;
-      store_elements(format, codes, source_of(token), 0, kVector, 1, scale, channel);
+      if (store_fast(store, codes, x[i], easy)) continue;
+      store_elements(format, codes, source_of(token), scale, channel);
     }
   }
 }

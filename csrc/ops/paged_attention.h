@@ -33,6 +33,9 @@ namespace quantkv {
 // Positions are below this, so that sums of a few of them with small numbers fit an int32_t.
 constexpr int32_t kMaxPositions = 0x7fffff00;
 
+// Units before a group are not more (no device would see the end of that), so that their product with columns fits.
+constexpr int64_t kMaxUnits = int64_t(1) << 46;
+
 // Query rows a block of the prefill kernel holds, and such blocks on a multiprocessor.
 constexpr int32_t kPrefillRows = 64, kPrefillBlocks = 2;
 
@@ -150,7 +153,8 @@ QKV_DEVICE bool is_sound(const AttentionParams &params, const WorkList &list, co
          group.num_queries <= list.queries_per_group &&
          group.first_token <= params.op.num_tokens - group.num_queries &&
          group.first_position >= -list.queries_per_group && group.first_position <= params.capacity &&
-         group.begin >= 0 && group.begin <= group.end && group.end <= params.capacity;
+         group.begin >= 0 && group.begin <= group.end && group.end <= params.capacity && group.first_unit >= 0 &&
+         group.first_unit <= kMaxUnits;
 }
 
 // The pieces of one worker. Every thread of the block steps through them alike.
@@ -169,7 +173,7 @@ struct WorkIterator {
         group(list.starts[worker].group), worker(worker), is_first(true) {}
 
   QKV_DEVICE bool next(Piece &piece) {
-    while (unit < end && group >= 0 && group < list.max_groups) {
+    while (unit >= 0 && unit < end && group >= 0 && group < list.max_groups) {
       const WorkGroup found = list.groups[group];
       if (!is_sound(params, list, found)) return false;
       const int32_t units = units_of(found, list), tiles = units - list.piece_cost;

@@ -1,8 +1,9 @@
 //! From argument structs over pointers to the structs of `quantkv.h`, and from its statuses to
 //! [`Error`]. The only place that knows both.
 //!
-//! Structs come here validated, so every length and every product of sizes fits in `i64`. A stride that
-//! is never multiplied by anything but zero may still be any `usize`: those saturate.
+//! Structs come here validated, so every length and every product of sizes is within memory. A stride that
+//! is never multiplied by anything but zero, or a window, may still be any `usize`: those are cut to
+//! [`MEMORY`].
 
 #[cfg(not(quantkv_stub))]
 use std::ffi::CStr;
@@ -139,8 +140,11 @@ pub(super) fn int32(what: &'static str, value: usize) -> Result<i32> {
     i32::try_from(value).map_err(|_| Error::Unsupported { what, value, supported: "at most 2147483647" })
 }
 
+/// More than any memory holds, and the largest size and stride that the C side takes.
+const MEMORY: i64 = 1 << 60;
+
 pub(super) fn int64(value: usize) -> i64 {
-    i64::try_from(value).unwrap_or(i64::MAX)
+    i64::try_from(value).map_or(MEMORY, |value| value.min(MEMORY))
 }
 
 /// Refuses bytes that do not start where one of their elements may.

@@ -4,6 +4,7 @@
 #include "reference.h"
 
 #include "core/fp8.h"
+#include "core/rows.h"
 
 #include <cmath>
 
@@ -132,6 +133,38 @@ struct NarrowBf16 : Encode<Format::E4M3> {
   }
 };
 
+// The quotient by a reciprocal against the division: every significand of an f16 (a bf16's are among them) over every
+// significand of a scale. Exponents only move the result, while nothing over- or underflows.
+struct ShortQuotient : Encode<Format::E4M3> {
+  static QKV_DEVICE uint32_t got(uint32_t word) {
+    const float s = float_of(0x3f800000u | (word & 0x7fffffu));
+    uint32_t right = 0;
+    for (uint32_t last = 0; last < 2; last++) {
+      const float x = float_of(0x3f800000u | (word >> 23 << 1 | last) << 13);
+      right += bits_of(quotient<Format::F16>(x, s, easy_reciprocal(s))) == bits_of(divide(x, s));
+    }
+    return right;
+  }
+  static QKV_DEVICE uint32_t want(uint32_t) { return 2; }
+};
+// Any f32 over scales of any size that is allowed, and the nearest ones to a quotient half way between two codes. What
+// is too small for any code need only stay small and keep its sign; a NaN need only appear where x or the quotient is
+// far from finite.
+struct LongQuotient : Encode<Format::E4M3> {
+  static QKV_DEVICE uint32_t got(uint32_t word) {
+    const uint32_t mixed = word * 2654435761u;
+    const float s = float_of((64 + (mixed >> 23) % 126) << 23 | (mixed & 0x7fffffu));
+    float x = float_of(word);
+    if ((word & 3) == 0) x = float_of(bits_of(multiply(s, 16.5f + static_cast<float>(word >> 4 & 15))) + (word >> 8 & 7) - 3);
+    const float exact = divide(x, s), q = quotient<Format::F32>(x, s, easy_reciprocal(s));
+    const uint32_t magnitude = bits_of(exact) & 0x7fffffffu;
+    if (is_nan(q)) return magnitude > 0x7e000000u;                  // 2^125
+    if (magnitude >= 0x36800000u) return bits_of(q) == bits_of(exact); // 2^-18
+    return ((bits_of(q) ^ bits_of(exact)) >> 31) == 0 && (bits_of(q) & 0x7fffffffu) < 0x37000000u;
+  }
+  static QKV_DEVICE uint32_t want(uint32_t) { return 1; }
+};
+
 template <Format F> void format(Report &report, const std::string &name, uint64_t step) {
   sweep<Encode<F>>(report, "encode " + name, step);
   sweep<EncodeByBits<F>>(report, "encode_by_bits " + name, step);
@@ -146,6 +179,8 @@ void test_fp8(Report &report, uint64_t step) {
   format<Format::E4M3>(report, "e4m3", step);
   format<Format::E5M2>(report, "e5m2", step);
   format<Format::E4M3Fnuz>(report, "e4m3fnuz", step);
+  sweep<ShortQuotient>(report, "quotient, 11 bits", step);
+  sweep<LongQuotient>(report, "quotient, 24 bits", step);
   sweep<NarrowF16>(report, "narrow f16", step);
   sweep<NarrowBf16>(report, "narrow bf16", step);
 }

@@ -20,6 +20,7 @@ namespace quantkv {
 // ---- bits and floats (the build has -ffp-contract=off)
 
 inline int forget(int x) { return x; }
+template <class T> T keep(T x) { return x; }
 inline int reread_thread_index() { return thread_index(); }
 
 inline uint32_t bits_of(float x) { return std::bit_cast<uint32_t>(x); }
@@ -114,8 +115,14 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
 inline uint16_t encode_e4m3x2(float low, float high) {
   return static_cast<uint16_t>(simt::encode_fp8(low, 3, 7, 0x7e) | simt::encode_fp8(high, 3, 7, 0x7e) << 8);
 }
+inline uint32_t encode_e4m3x4(const float (&x)[4]) {
+  return encode_e4m3x2(x[0], x[1]) | static_cast<uint32_t>(encode_e4m3x2(x[2], x[3])) << 16;
+}
 inline uint16_t encode_e5m2x2(float low, float high) {
   return static_cast<uint16_t>(simt::encode_fp8(low, 2, 15, 0x7b) | simt::encode_fp8(high, 2, 15, 0x7b) << 8);
+}
+inline uint32_t encode_e5m2x4(const float (&x)[4]) {
+  return encode_e5m2x2(x[0], x[1]) | static_cast<uint32_t>(encode_e5m2x2(x[2], x[3])) << 16;
 }
 
 namespace simt {
