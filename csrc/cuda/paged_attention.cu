@@ -170,7 +170,9 @@ int check(const quantkv_paged_attention &op) {
     return QUANTKV_INVALID_ARGUMENT;
   }
   if (op.kernel < QUANTKV_ATTENTION_AUTO || op.kernel > QUANTKV_ATTENTION_TENSOR_CORE) return QUANTKV_INVALID_ARGUMENT;
-  if (extent(op.num_seqs, op.block_table_stride, 1, 0, op.block_table_stride) < 0) return QUANTKV_INVALID_ARGUMENT;
+  if (op.num_seqs > 0 && extent(op.num_seqs, op.block_table_stride, 1, 0, op.block_table_stride) < 0) {
+    return QUANTKV_INVALID_ARGUMENT;
+  }
   for (const void *words : {static_cast<const void *>(op.query_starts), static_cast<const void *>(op.seq_lens),
                             static_cast<const void *>(op.block_tables), static_cast<const void *>(op.lse),
                             static_cast<const void *>(op.alibi_slopes), static_cast<const void *>(op.sinks)}) {
