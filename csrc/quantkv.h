@@ -132,7 +132,8 @@ typedef struct quantkv_cache_write {
   quantkv_cache cache;
   quantkv_rows key;             /* in  [num_tokens.., num_kv_heads, k.head_dim] */
   quantkv_rows value;           /* in  [num_tokens.., num_kv_heads, v.head_dim] */
-  const int64_t *slot_mapping;  /* device [num_tokens]; negative = skip */
+  const int64_t *slot_mapping;  /* device [num_tokens]; negative = skip. Of tokens on one slot any may win, element by
+                                   element: give each its own */
   int64_t num_tokens;
   int32_t activation;           /* quantkv_format of key and value: F32, F16 or BF16 */
 } quantkv_cache_write;

@@ -13,7 +13,7 @@
 //!
 //! The number of tokens is the length of the slot mapping; keys and values may be longer (a
 //! padded batch under a captured graph). If two tokens name the same slot the later one wins on
-//! the CPU; on a GPU either may.
+//! the CPU; on a GPU either may, element by element: give each its own.
 
 use super::{LayerMut, RowStrides, check_scale};
 use crate::error::Result;
