@@ -210,6 +210,35 @@ struct WorkIterator {
   }
 };
 
+// The same in shared memory, for kernels that have no registers for it: one thread steps, all read the piece.
+struct SharedWork {
+  int64_t unit, end;
+  int32_t group;
+  bool started, found;
+  Piece piece;
+
+  // To be called by all threads of the block; two barriers. The first call has `is_first`.
+  QKV_DEVICE bool next(const AttentionParams &params, const WorkList &list, bool is_first) {
+    sync_threads();
+    if (thread_index() == 0) {
+      WorkIterator work(params, list, block_index_x());
+      if (!is_first) {
+        work.unit = unit;
+        work.end = end;
+        work.group = group;
+        work.is_first = !started;
+      }
+      found = work.next(piece);
+      started = !work.is_first;
+      unit = work.unit;
+      end = work.end;
+      group = work.group;
+    }
+    sync_threads();
+    return found;
+  }
+};
+
 // Block of the positions logical_block << block_shift and on, or -1 and a fault if the table names none of the cache.
 // logical_block < block_table_stride.
 QKV_DEVICE int32_t block_of(const AttentionParams &params, int32_t seq, int32_t logical_block) {

@@ -556,13 +556,16 @@ QKV_DEVICE void attend_prefill(const AttentionParams &params, const WorkList &li
 
 // T: the type of the products. kDim: 64, 128 or 256, not below either head dim.
 template <class T, int kDim>
-QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPrefillThreads, kPrefillBlocks) attend_prefill_kernel(AttentionParams params, WorkList list) {
+QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPrefillThreads, kPrefillBlocks) attend_prefill_kernel(
+    QKV_GRID_CONSTANT const AttentionParams params, QKV_GRID_CONSTANT const WorkList list) {
 #if QKV_HAS_TENSOR_CORES
   QKV_DYNAMIC_SHARED(memory);
   PrefillShared<kDim> &shared = *reinterpret_cast<PrefillShared<kDim> *>(memory);
   wait_for_previous_kernel();
-  WorkIterator work(params, list, block_index_x());
-  for (Piece piece; work.next(piece);) attend_prefill<T>(params, list, piece, shared);
+  QKV_SHARED(SharedWork, work, 1);
+  for (bool is_first = true; work->next(params, list, is_first); is_first = false) {
+    attend_prefill<T>(params, list, work->piece, shared);
+  }
 #endif
 }
 
