@@ -11,7 +11,7 @@ mod devices;
 #[path = "../testing/oracle/mod.rs"]
 mod oracle;
 
-use devices::{Parts, devices};
+use devices::{Parts, attention_devices, devices};
 use oracle::attention::{Arithmetic, AttentionCase, check_attention, expect};
 use oracle::geometry::{Geometry, Layer};
 use oracle::rows::{self, CacheWriteCase, GatherCase, Rows};
@@ -44,6 +44,22 @@ fn small_geometry() -> impl Strategy<Value = Geometry> {
         tail: 64,
         ..geometry
     })
+}
+
+/// A small one, or one that GPU kernels are tuned for.
+fn attention_geometry() -> impl Strategy<Value = Geometry> {
+    let tuned = (
+        prop::sample::select(vec![CacheLayout::Hnd, CacheLayout::Nhd]),
+        (1usize..=2, prop::sample::select(vec![64usize, 128])),
+        (prop::sample::select(vec![8usize, 16, 32]), 1usize..=6),
+        (strategy::format(), any::<bool>(), any::<bool>()),
+    );
+    let tuned = tuned.prop_map(|(layout, heads, blocks, (format, dynamic, gaps))| {
+        let dynamic = dynamic && oracle::formats::quantized(format);
+        let gap = if gaps { 64 } else { 0 };
+        Geometry { dynamic, k_gap: gap, v_gap: 2 * gap, tail: 64, ..Geometry::plain(layout, heads, blocks, format) }
+    });
+    prop_oneof![small_geometry(), tuned]
 }
 
 fn tensor(geometry: &Geometry, half: Half, tokens: usize, rng: &mut Rng) -> Rows {
@@ -85,7 +101,7 @@ proptest! {
     /// whatever is read is comparable.
     #[test]
     fn attention_tables(
-        geometry in small_geometry(), group in 1usize..4, seqs in 0usize..5, num_tokens in 0usize..12,
+        geometry in attention_geometry(), dtype in strategy::dtype(), group in 1usize..4, seqs in 0usize..5, num_tokens in prop_oneof![4 => 0usize..12, 1 => 40usize..90],
         table_stride in 0usize..5, window in prop::option::of(1usize..30), seed in any::<u64>(),
     ) {
         let mut rng = Rng::new(seed);
@@ -95,7 +111,7 @@ proptest! {
             strategy::fill_slot(&geometry, &mut layer, (block, slot), &mut rng);
         }
         let rows = |dim, rng: &mut Rng| {
-            strategy::rows((num_tokens, num_heads, dim), (0, 3, 8), DType::F32, || rng.normal())
+            strategy::rows((num_tokens, num_heads, dim), (0, 8, 8), dtype, || rng.normal())
         };
         let (query, output) = (rows(geometry.k_dim, &mut rng), rows(geometry.v_dim, &mut rng));
         let mut query_starts: Vec<i32> = (0..=seqs).map(|_| hostile(&mut rng, num_tokens)).collect();
@@ -117,7 +133,7 @@ proptest! {
             params,
             num_heads,
             num_tokens,
-            dtype: DType::F32,
+            dtype,
             query,
             query_starts,
             seq_lens: (0..seqs).map(|_| hostile(&mut rng, capacity)).collect(),
@@ -129,10 +145,11 @@ proptest! {
             lse: Some(vec![1234.0; num_tokens * num_heads + 5]),
         };
         let expectation = expect(&case);
-        for device in devices() {
+        for device in attention_devices() {
+            let arithmetic = if device.has_tensor_cores() { Arithmetic::TensorCore } else { Arithmetic::F32 };
             let (out, lse, faults) = on_device!(&device, |backend| run::attention(backend, &case)).unwrap();
             prop_assert_eq!(
-                check_attention(&case, &expectation, Arithmetic::F32, &out, lse.as_deref(), faults), Ok(()), "on {}", device
+                check_attention(&case, &expectation, arithmetic, &out, lse.as_deref(), faults), Ok(()), "on {}", device
             );
         }
     }
