@@ -86,7 +86,8 @@ QKV_HOST_DEVICE int64_t dynamic_scale_index(const Paging &paging, int64_t block,
 
 // The same of (head, slot in the cache).
 QKV_HOST_DEVICE int64_t dynamic_scale_of_slot(const Paging &paging, int64_t slot, int head) {
-  return dynamic_scale_index(paging, slot >> paging.block_shift, head, static_cast<int>(slot & (paging.block_size() - 1)));
+  const int offset = static_cast<int>(slot & (paging.block_size() - 1));
+  return dynamic_scale_index(paging, slot >> paging.block_shift, head, offset);
 }
 
 // The static scale of (head, channel).

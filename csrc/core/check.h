@@ -24,7 +24,9 @@ inline int valid_if(bool condition) { return condition ? QUANTKV_OK : QUANTKV_IN
 inline bool is_format(int32_t format) { return format >= 0 && format < kFormats; }
 inline bool is_activation(int32_t format) { return format >= QUANTKV_F32 && format <= QUANTKV_BF16; }
 
-inline bool is_aligned(const void *p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % static_cast<uint64_t>(bytes) == 0; }
+inline bool is_aligned(const void *p, int64_t bytes) {
+  return reinterpret_cast<uintptr_t>(p) % static_cast<uint64_t>(bytes) == 0;
+}
 
 // a * b + c for numbers that are not negative; -1 if one is, or if it is more than memory can hold. Nothing times a
 // stride is nothing, whatever the stride.
@@ -97,9 +99,10 @@ inline int check_half(const quantkv_half &half, const quantkv_cache &cache, bool
   // Chunks and slots of a row, then heads and blocks of them.
   const int64_t chunks = map.chunk > 0 ? (half.head_dim + map.chunk - 1) / map.chunk : -1;
   const int64_t row = chunks < 0 ? -1 : extent(cache.block_size, map.slot_stride, chunks, map.chunk_stride, map.chunk);
-  const int64_t all = row < 0 ? -1 : extent(cache.num_blocks, map.block_stride, cache.num_kv_heads, map.head_stride, row);
+  const int64_t all =
+      row < 0 ? -1 : extent(cache.num_blocks, map.block_stride, cache.num_kv_heads, map.head_stride, row);
   if (half.codes == nullptr || !is_aligned(half.codes, bytes_of(format)) || all < 0) return QUANTKV_INVALID_ARGUMENT;
-  if (half.dynamic != nullptr && (!is_quantized(format) || !is_aligned(half.dynamic, 4))) return QUANTKV_INVALID_ARGUMENT;
+  QKV_CHECK(valid_if(half.dynamic == nullptr || (is_quantized(format) && is_aligned(half.dynamic, 4))));
   return reads_scales ? check_scale(half.scale, half.format, cache.num_kv_heads, half.head_dim) : QUANTKV_OK;
 }
 

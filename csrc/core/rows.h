@@ -185,8 +185,8 @@ QKV_DEVICE RowScale with_dynamic(const RowScale &fixed, float dynamic) {
 
 // ---- quantize, dequantize
 
-// x / s rounded to f32 as divide() does it, given r = RN(1/s): three operations (16-bit A) or five instead of ten, three
-// branches and a special function.
+// x / s rounded to f32 as divide() does it, given r = RN(1/s): three operations (16-bit A) or five instead of ten,
+// three branches and a special function.
 //
 // The product q = RN(x r) is within 2 ulp of x/s; a correction by its remainder makes it one of the two neighbours of
 // x/s, and a second one, by Markstein's theorem, RN(x/s). Where x has the 8 or 11 bits of a bf16 or f16 the first is
@@ -228,8 +228,8 @@ template <bool kEach> struct EasyScales {
   }
 };
 
-// Stores the codes of 8 quotients. False where a NaN (0x7f in both formats) came out: it is one of x, or what `quotient`
-// cannot do, and the codes are to be made again by store_elements.
+// Stores the codes of 8 quotients. False where a NaN (0x7f in both formats) came out: it is one of x, or what
+// `quotient` cannot do, and the codes are to be made again by store_elements.
 template <Format F, Format A, bool kEach>
 QKV_DEVICE bool store_quotients(void *p, const Vector<A> &v, const EasyScales<kEach> &scales) {
   static_assert(F == Format::E4M3 || F == Format::E5M2, "formats with NaN 0x7f");
@@ -326,6 +326,12 @@ inline Grid grid_of(const RowShare &share, int64_t tokens) {
 
 // Tokens that one grid covers. More than any device has memory for; launchers cut longer calls all the same.
 constexpr int64_t kMaxTokensPerGrid = kMaxGridX;
+
+// This warp among those of the grid's first dimension, and how many those are.
+QKV_DEVICE int64_t global_warp() {
+  return static_cast<int64_t>(block_index_x()) * (kRowThreads / kWarp) + warp_index();
+}
+QKV_DEVICE int64_t global_warps() { return static_cast<int64_t>(grid_size_x()) * (kRowThreads / kWarp); }
 
 // A thread's row and first token.
 struct RowPlace {

@@ -58,8 +58,10 @@ int quantkv_cuda_update_scales(const quantkv_update_scales *op, quantkv_stream s
   using namespace quantkv;
   if (op == nullptr || op->len < 0) return QUANTKV_INVALID_ARGUMENT;
   if (op->len == 0) return QUANTKV_OK;
-  const bool pointers = op->absmax != nullptr && op->scales != nullptr && is_aligned(op->absmax, 4) && is_aligned(op->scales, 4);
-  QKV_CHECK(valid_if(pointers && op->divisor >= 1.0f && op->divisor <= kLargest));
+  const bool pointers = op->absmax != nullptr && op->scales != nullptr;
+  QKV_CHECK(valid_if(pointers && is_aligned(op->absmax, 4) && is_aligned(op->scales, 4)));
+  QKV_CHECK(valid_if(op->divisor >= 1.0f && op->divisor <= kLargest));
   const int64_t blocks = ceil_div(op->len, kRowThreads), most = 1 << 16;
-  return QKV_LAUNCH_OVERLAPPED((update_scales), (Grid{blocks < most ? blocks : most, 1, 1}), kRowThreads, 0, stream, *op);
+  const Grid grid = {blocks < most ? blocks : most, 1, 1};
+  return QKV_LAUNCH_OVERLAPPED((update_scales), grid, kRowThreads, 0, stream, *op);
 }

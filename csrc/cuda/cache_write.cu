@@ -13,8 +13,8 @@ constexpr int kMaxTurns = 4;
 template <Format A, Scales kScales> int launch_vectors(CacheWriteParams &p, int width, void *stream) {
   constexpr int tokens = kTokensInFlight<A>;
   p.share = share_rows(p.op.num_tokens, 2 * p.op.cache.num_kv_heads, width, kRowVectors, tokens * kMaxTurns);
-  return QKV_LAUNCH_OVERLAPPED((cache_write_vectors<A, kScales, tokens>), grid_of(p.share, p.op.num_tokens), kRowThreads, 0,
-                               stream, p);
+  const Grid grid = grid_of(p.share, p.op.num_tokens);
+  return QKV_LAUNCH_OVERLAPPED((cache_write_vectors<A, kScales, tokens>), grid, kRowThreads, 0, stream, p);
 }
 
 template <class T> int launch_elements(CacheWriteParams &p, void *stream) {
@@ -40,8 +40,9 @@ template <class T> int launch_activation(CacheWriteParams &p, void *stream) {
   constexpr Format A = FormatOf<T>::value;
   const quantkv_half &k = p.op.cache.k, &v = p.op.cache.v;
   const bool dynamic = k.dynamic != nullptr || v.dynamic != nullptr, by_channel = is_by_channel(k) || is_by_channel(v);
-  const bool vectors = rows_have_vectors(p.op.key, p.op.activation, k.head_dim) && half_has_vectors(k) && is_compact(k) &&
-                       rows_have_vectors(p.op.value, p.op.activation, v.head_dim) && half_has_vectors(v) && is_compact(v);
+  const bool vectors = rows_have_vectors(p.op.key, p.op.activation, k.head_dim) && half_has_vectors(k) &&
+                       rows_have_vectors(p.op.value, p.op.activation, v.head_dim) && half_has_vectors(v) &&
+                       is_compact(k) && is_compact(v);
   const int width = (k.head_dim > v.head_dim ? k.head_dim : v.head_dim) / kVector;
   if (!vectors || (dynamic && by_channel)) return launch_elements<T>(p, stream);
   if (dynamic) return launch_vectors<A, Scales::Dynamic>(p, width, stream);

@@ -43,7 +43,8 @@ template <bool kQuantize> int convert(const quantkv_convert *op, void *stream) {
   part.rows = used_strides(op->rows, op->num_tokens, op->num_heads);
   part.scale = used_strides(op->scale, op->num_heads, op->head_dim);
   const int64_t row_bytes = part.rows.token_stride * bytes_of(static_cast<Format>(op->activation));
-  const int64_t code_bytes = static_cast<int64_t>(op->num_heads) * op->head_dim * bytes_of(static_cast<Format>(op->format));
+  const int64_t codes = static_cast<int64_t>(op->num_heads) * op->head_dim;
+  const int64_t code_bytes = codes * bytes_of(static_cast<Format>(op->format));
   for (int64_t done = 0; done < op->num_tokens; done += kMaxTokensPerGrid) {
     const int64_t left = op->num_tokens - done;
     part.num_tokens = left < kMaxTokensPerGrid ? left : kMaxTokensPerGrid;

@@ -28,7 +28,8 @@ int check(const quantkv_gather &op) {
   const int32_t heads = op.cache.num_kv_heads, k_dim = op.cache.k.head_dim, v_dim = op.cache.v.head_dim;
   QKV_CHECK(check_rows(op.key, raw ? op.cache.k.format : op.activation, op.num_tokens, heads, k_dim, raw));
   QKV_CHECK(check_rows(op.value, raw ? op.cache.v.format : op.activation, op.num_tokens, heads, v_dim, raw));
-  const bool sizes = op.num_seqs >= 0 && op.num_seqs <= 0x7fffffff && product_plus(op.num_seqs, op.block_table_stride, 0) >= 0;
+  const bool sizes = op.num_seqs >= 0 && op.num_seqs <= 0x7fffffff &&
+                     product_plus(op.num_seqs, op.block_table_stride, 0) >= 0;
   const bool pointers = op.cu_seq_lens != nullptr && is_aligned(op.cu_seq_lens, 4) && is_aligned(op.starts, 4) &&
                         is_aligned(op.block_tables, 4) && (op.block_tables != nullptr || op.block_table_stride == 0);
   return valid_if(sizes && (op.num_seqs == 0 || pointers));
@@ -55,8 +56,9 @@ int quantkv_cuda_gather(const quantkv_gather *op, quantkv_stream stream) {
   p.op.key = used_strides(p.op.key, op->num_tokens, op->cache.num_kv_heads);
   p.op.value = used_strides(p.op.value, op->num_tokens, op->cache.num_kv_heads);
   p.paging = paging_of(op->cache);
-  const bool vectors = rows_have_vectors(p.op.key, raw ? k.format : op->activation, k.head_dim) && half_has_vectors(k) &&
-                       rows_have_vectors(p.op.value, raw ? v.format : op->activation, v.head_dim) && half_has_vectors(v);
+  const int32_t key_format = raw ? k.format : op->activation, value_format = raw ? v.format : op->activation;
+  const bool vectors = rows_have_vectors(p.op.key, key_format, k.head_dim) && half_has_vectors(k) &&
+                       rows_have_vectors(p.op.value, value_format, v.head_dim) && half_has_vectors(v);
   const int width = (k.head_dim > v.head_dim ? k.head_dim : v.head_dim) / kVector;
   switch (op->activation) {
   case QUANTKV_F32: return launch_gather<false, Format::F32>(p, vectors, width, stream);

@@ -9,7 +9,8 @@ namespace {
 template <class T> int launch_merge(const quantkv_merge_states &op, void *stream) {
   constexpr Format A = FormatOf<T>::value;
   MergeParams p = {op, {}};
-  const bool vectors = rows_have_vectors(op.a, op.activation, op.head_dim) && is_aligned(op.b, 16) && is_aligned(op.output, 16);
+  const bool vectors =
+      rows_have_vectors(op.a, op.activation, op.head_dim) && is_aligned(op.b, 16) && is_aligned(op.output, 16);
   if (!vectors) {
     const int64_t blocks = ceil_div(op.num_tokens * op.num_heads, kRowThreads / kWarp), most = 1 << 20;
     const Grid grid = {blocks < most ? blocks : most, 1, 1};

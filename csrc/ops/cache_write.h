@@ -67,7 +67,8 @@ enum class Scales { One, Channel, Dynamic };
 // Blocks of a multiprocessor that the registers are shared by: as many as need no spills.
 template <Format A, Scales kScales>
 constexpr int kBlocksForRegisters =
-    (kScales == Scales::Channel ? 2 : kScales == Scales::Dynamic || A == Format::F32 ? 3 : 4) - QKV_NEEDS_MORE_REGISTERS;
+    (kScales == Scales::Channel ? 2 : kScales == Scales::Dynamic || A == Format::F32 ? 3 : 4) -
+    QKV_NEEDS_MORE_REGISTERS;
 
 // The vectors of a token that a lane has, to `codes`; a bit for each that store_elements is to do.
 template <Format A, bool kEach, int kScaleSets>
@@ -164,7 +165,8 @@ cache_write_vectors(const CacheWriteParams p) {
         }
       }
       if (inside) {
-        left |= store_token(store, to.at(slots[i], p.paging), to.next_codes, has_second, x[i], easy) << (i * kRowVectors);
+        char *const codes = to.at(slots[i], p.paging);
+        left |= store_token(store, codes, to.next_codes, has_second, x[i], easy) << (i * kRowVectors);
       }
     }
 
@@ -193,9 +195,9 @@ cache_write_vectors(const CacheWriteParams p) {
 
 template <class T> QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 4) cache_write_elements(const CacheWriteParams p) {
   wait_for_previous_kernel();
-  const int64_t warps = static_cast<int64_t>(grid_size_x()) * (kRowThreads / kWarp);
+  const int64_t first = global_warp(), warps = global_warps();
   const int64_t rows = p.op.num_tokens * p.share.rows;
-  for (int64_t i = static_cast<int64_t>(block_index_x()) * (kRowThreads / kWarp) + warp_index(); i < rows; i += warps) {
+  for (int64_t i = first; i < rows; i += warps) {
     const int64_t token = i / p.share.rows;
     const int row = static_cast<int>(i - token * p.share.rows);
     const bool is_key = row < p.paging.num_kv_heads;

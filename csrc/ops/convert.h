@@ -18,7 +18,8 @@ QKV_DEVICE int64_t code_index(const quantkv_convert &op, int64_t token, int head
 }
 
 // The grid covers all rows; lanes stride over the vectors of a row, however long it is.
-template <Format A, int kTokens> QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 3) quantize_vectors(const ConvertParams p) {
+template <Format A, int kTokens>
+QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 3) quantize_vectors(const ConvertParams p) {
   wait_for_previous_kernel();
   const quantkv_convert &op = p.op;
   const Format format = static_cast<Format>(op.format);
@@ -86,12 +87,13 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 3) dequantize_vectors(const Conve
 }
 
 // A warp a (token, head), an element a lane.
-template <class T, bool kQuantize> QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 4) convert_elements(const ConvertParams p) {
+template <class T, bool kQuantize>
+QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 4) convert_elements(const ConvertParams p) {
   wait_for_previous_kernel();
   const quantkv_convert &op = p.op;
-  const int64_t warps = static_cast<int64_t>(grid_size_x()) * (kRowThreads / kWarp);
+  const int64_t first = global_warp(), warps = global_warps();
   const int64_t rows = op.num_tokens * op.num_heads;
-  for (int64_t i = static_cast<int64_t>(block_index_x()) * (kRowThreads / kWarp) + warp_index(); i < rows; i += warps) {
+  for (int64_t i = first; i < rows; i += warps) {
     const int64_t token = i / op.num_heads;
     const int head = static_cast<int>(i - token * op.num_heads);
     T *row = static_cast<T *>(op.rows.data) + row_index(op.rows, token, head);

@@ -84,9 +84,9 @@ template <Format A> QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 4) merge_vect
 template <class T> QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 4) merge_elements(const MergeParams p) {
   wait_for_previous_kernel();
   const quantkv_merge_states &op = p.op;
-  const int64_t warps = static_cast<int64_t>(grid_size_x()) * (kRowThreads / kWarp);
+  const int64_t first = global_warp(), warps = global_warps();
   const int64_t states = op.num_tokens * op.num_heads;
-  for (int64_t i = static_cast<int64_t>(block_index_x()) * (kRowThreads / kWarp) + warp_index(); i < states; i += warps) {
+  for (int64_t i = first; i < states; i += warps) {
     const int64_t token = i / op.num_heads;
     const int64_t row = row_index(op.a, token, static_cast<int>(i - token * op.num_heads));
     const Weights weights = weigh(op.a_lse[i], op.b_lse[i]);
