@@ -13,12 +13,21 @@ use super::bindings::*;
 use super::{Pointers, PtrMut, PtrRef};
 use crate::args::{LayerMut, LayerRef, RowStrides};
 use crate::error::{Error, Result};
+use crate::faults::Faults;
 use crate::format::{DType, KvFormat};
 use crate::layout::{AddressMap, CacheShape, Half};
 use crate::scale::ScaleRef;
 
 /// The name of this backend in errors.
 pub(super) const CUDA: &str = "cuda";
+
+// The fault word that kernels write is read as `Faults`.
+const _: () = {
+    assert!(Faults::SLOT_OUT_OF_RANGE.bits() == QUANTKV_FAULT_SLOT as u32);
+    assert!(Faults::BLOCK_OUT_OF_RANGE.bits() == QUANTKV_FAULT_BLOCK as u32);
+    assert!(Faults::SEQ_LEN_OUT_OF_RANGE.bits() == QUANTKV_FAULT_SEQ_LEN as u32);
+    assert!(Faults::QUERY_START_OUT_OF_RANGE.bits() == QUANTKV_FAULT_QUERY_START as u32);
+};
 
 /// One half of a layer by address: codes, dynamic scales (null: none), static scales.
 pub(super) struct HalfPointers<'a> {
