@@ -232,7 +232,7 @@ model() {
 sanitizers() {
     local tool name
     command -v compute-sanitizer >/dev/null || { rows+=("sanitizers                         SKIPPED   no compute-sanitizer"); return; }
-    local run=(env PROPTEST_CASES=4 compute-sanitizer --error-exitcode 9 --print-limit 20)
+    local run=(env PROPTEST_CASES=4 compute-sanitizer --error-exitcode 9 --print-limit 20 --report-api-errors no)
     step memcheck-bench 100 "${run[@]}" --tool memcheck "$bench" --verify-only
     for name in hostile_data hostile_ops cuda; do
         [ -x "$gpu/release/deps/$name" ] || continue

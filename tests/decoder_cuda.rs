@@ -47,11 +47,11 @@ fn decode(backend: &Arc<CudaBackend>, steps: usize) -> Vec<(Vec<f32>, Vec<u32>)>
     let mut model: Model<CudaBackend> = Model::load(&fixtures::fixture_path(MICRO), Arc::clone(backend)).unwrap();
     let (vocab, layers) = (model.config().vocab_size, model.config().num_layers);
     let spec = model.cache_spec(8, KvFormat::Fp8E4M3).unwrap();
-    let tables: Vec<Vec<u32>> = (0..3).map(|seq| (0..20).map(|block| block * 3 + seq).collect()).collect();
+    let tables: Vec<Vec<u32>> = (0..3).map(|seq| (0..24).map(|block| block * 3 + seq).collect()).collect();
     let mut out = Vec::new();
     for round in 0..2 {
         let scales = vec![LayerScales::one(); layers];
-        let mut cache = PagedKvCache::new(backend.clone(), spec, 60, &scales).unwrap();
+        let mut cache = PagedKvCache::new(backend.clone(), spec, 72, &scales).unwrap();
         let mut lens = [0usize; 3];
         let mut batch = Batch::new();
         for (seq, len) in lens.iter_mut().enumerate() {

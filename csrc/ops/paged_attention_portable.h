@@ -188,6 +188,7 @@ QKV_DEVICE void weigh_tokens(const AttentionParams &params, const Piece &piece, 
     float total = weight;
     QKV_UNROLL
     for (int mask = kWarp / 2; mask > 0; mask /= 2) total += shuffle_xor(total, mask);
+    sync_warp(); // every lane has read the old maximum
     if (lane == 0) {
       shared.sum[row] = shared.sum[row] * rescale + total;
       shared.max[row] = top;
