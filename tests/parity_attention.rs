@@ -301,6 +301,33 @@ fn vllm_decode_shapes() {
     }
 }
 
+/// Shapes that tensor cores take, static and dynamic scales. What follows a sequence's last token is poison, in rows that
+/// GPUs read by whole tiles: it may be multiplied by nothing, not by zero either. Most blocks belong to one sequence, so
+/// nobody else has filled them.
+#[test]
+fn poison_follows_the_last_token() {
+    for (layout, dim, block_size) in
+        [(CacheLayout::Hnd, 128, 16), (CacheLayout::Nhd, 64, 32), (CacheLayout::Hnd, 64, 8)]
+    {
+        for (format, dynamic) in [
+            (KvFormat::F16, false),
+            (KvFormat::BF16, false),
+            (KvFormat::Fp8E4M3, false),
+            (KvFormat::Fp8E4M3, true),
+            (KvFormat::Fp8E5M2, true),
+        ] {
+            for new in [1, 20] {
+                let plain = Geometry::plain(layout, (2, dim), (block_size, 300), format);
+                let geometry = Geometry { dynamic, ..plain };
+                let sequences = [0, 1, 6, 7, 8, 14, 15, 16, 17, 33, 100].map(|before| (before, new)).to_vec();
+                let dtype = if format == KvFormat::BF16 { DType::BF16 } else { DType::F16 };
+                let parameters = Parameters { dtype, ..simple(geometry, 4, sequences) };
+                check_all(&build(&parameters), (layout, dim, format, dynamic, new));
+            }
+        }
+    }
+}
+
 /// Prefill in one piece, soft cap 50 and windows, as vLLM's unified-attention tests: (4, 4), (8, 2)
 /// and (5, 1) heads.
 #[test]
