@@ -20,6 +20,11 @@ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t kMaxGridX = 0x7fffffff;
 constexpr int64_t kMaxGridYZ = 65535;
 
+// A block has 48 KB of shared memory without asking, its static arrays included. Launches with more dynamic shared
+// memory than this ask for more; no kernel has more static shared memory than the rest.
+constexpr size_t kSharedWithoutAsking = 48 * 1024;
+constexpr size_t kAskAboveDynamic = kSharedWithoutAsking / 2;
+
 } // namespace quantkv
 
 #if defined(QUANTKV_SIMT)
@@ -106,8 +111,7 @@ template <class... Params, class... Args>
 int launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_bytes, void *stream, bool overlap_previous,
            Args... args) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return QUANTKV_OK;
-  // A block has 48 KB without asking, its static shared memory included: no kernel has more than half of that.
-  if (shared_bytes > 24 * 1024) {
+  if (shared_bytes > kAskAboveDynamic) {
     cudaError_t error = cudaFuncSetAttribute(reinterpret_cast<const void *>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                              static_cast<int>(shared_bytes));
     if (error != cudaSuccess) return status_of(error);

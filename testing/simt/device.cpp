@@ -5,6 +5,7 @@
 #include "device_model.h"
 #include "launch.h"
 
+#include <algorithm>
 #include <dlfcn.h>
 
 namespace quantkv {
@@ -73,7 +74,10 @@ int submit(std::unique_ptr<Work> work, Grid grid, void *stream) {
   const bool possible = grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.x <= kMaxGridX && grid.y <= kMaxGridYZ &&
                         grid.z <= kMaxGridYZ && work->threads > 0 && work->threads <= kMaxThreads;
   if (!possible) return status_of(Fault::InvalidConfiguration);
-  if (work->shared_bytes > static_cast<size_t>(max_shared_bytes())) return status_of(Fault::InvalidValue);
+  const size_t most = static_cast<size_t>(max_shared_bytes());
+  if (work->shared_bytes > most) return status_of(Fault::InvalidValue);
+  const size_t given = work->shared_bytes > kAskAboveDynamic ? most : kSharedWithoutAsking;
+  work->static_shared_limit = std::min(kSharedWithoutAsking, given - work->shared_bytes);
   work->grid = {static_cast<int>(grid.x), static_cast<int>(grid.y), static_cast<int>(grid.z)};
 
   using Enqueue = int(void *stream, int (*run)(void *), void (*drop)(void *), void *work);

@@ -20,7 +20,6 @@ unsigned char *dynamic_shared = nullptr;
 namespace {
 
 constexpr int kMaxThreads = 1024;
-constexpr size_t kMaxStaticSharedBytes = 48 * 1024;
 
 // What a warp's lanes are about to do together.
 struct Warp {
@@ -281,9 +280,9 @@ void begin_shared(void *array, size_t bytes, uint64_t &last_block) {
   memset(array, 0xff, bytes);
   block.shared.push_back({static_cast<unsigned char *>(array), bytes});
   block.static_shared_bytes += bytes;
-  if (block.static_shared_bytes > kMaxStaticSharedBytes) {
-    fail(Fault::InvalidConfiguration, "%zu bytes of static shared memory; a block has %zu", block.static_shared_bytes,
-         kMaxStaticSharedBytes);
+  if (block.static_shared_bytes > work->static_shared_limit) {
+    fail(Fault::InvalidValue, "%zu bytes of static shared memory; beside %zu dynamic ones a block has %zu",
+         block.static_shared_bytes, work->shared_bytes, work->static_shared_limit);
   }
 }
 

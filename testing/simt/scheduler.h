@@ -119,7 +119,8 @@ struct Work {
   const char *name = "";
   Index3 grid = {};
   int threads = 0;
-  size_t shared_bytes = 0;
+  size_t shared_bytes = 0;        // dynamic
+  size_t static_shared_limit = 0; // what that leaves for static arrays
   bool overlapped = false;
 };
 
