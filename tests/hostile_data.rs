@@ -450,5 +450,6 @@ fn random_arguments_never_panic() {
         }
         ran += u64::from(answers.iter().all(Result::is_ok));
     }
-    assert!(ran * 10 > rounds && ran < rounds, "{ran} of {rounds} calls ran");
+    // Of a handful (under a sanitizer) chance may refuse all.
+    assert!(rounds < 64 || (ran * 10 > rounds && ran < rounds), "{ran} of {rounds} calls ran");
 }
