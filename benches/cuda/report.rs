@@ -104,7 +104,7 @@ impl Report {
             let Timing { median, fastest, slowest } = row.timing;
             let _ = writeln!(
                 text,
-                "{},{},{},{median:.3},{fastest:.3},{slowest:.3},{},{:.4},{},{},{},{:.2e}",
+                "{},{},\"{}\",{median:.3},{fastest:.3},{slowest:.3},{},{:.4},{},{},{},{:.2e}",
                 row.operation,
                 row.series,
                 row.shape,
