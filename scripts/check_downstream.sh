@@ -63,9 +63,9 @@ TOML
     cp "$root/Cargo.lock" "$dir/Cargo.lock"
     QUANTKV_STUB=1 cargo check
     # The choice of the engine stands: nothing of quantkv's asks for a version of its own.
-    versions=$(cargo tree -e features -i cudarc --prefix none | grep -o 'feature "cuda-[0-9]*"' | sort -u)
+    versions=$(cargo tree -e features -i cudarc --prefix none | sed -n 's/.*feature "\(cuda-[0-9]*\)".*/\1/p' | sort -u)
     case $choice in
-        *cuda-12080*) [ "$versions" = 'feature "cuda-12080"' ] ;;
+        *cuda-12080*) [ "$versions" = cuda-12080 ] ;;
         *) [ -z "$versions" ] ;;
     esac
 done
