@@ -33,6 +33,8 @@ QKV_KERNEL void product_kernel(const uint16_t *a, const uint16_t *b, const float
   out[g * 8 + 2 * t + 1] = sums[1];
   out[(g + 8) * 8 + 2 * t] = sums[2];
   out[(g + 8) * 8 + 2 * t + 1] = sums[3];
+#else
+  (void)a, (void)b, (void)c, (void)out;
 #endif
 }
 
