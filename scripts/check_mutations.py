@@ -48,7 +48,8 @@ def main():
 
     survivors = []
     with tempfile.TemporaryDirectory(prefix="quantkv-mutations-") as folder:
-        right = Path(build.library).parent
+        # Linked as the changed ones will be: a test that fails for another reason than a bug fails here already.
+        right = link(build, build.objects, Path(folder) / "right")
         needed = {pair for m in chosen for pair in tests_of(m)}
         for test, filter in sorted(pair for pair in needed if not pair[1] or (pair[0], "") not in needed):
             seen = first_failure(build, right, [(test, filter)])
@@ -86,7 +87,7 @@ def tests_of(mutation):
 
 
 class Build:
-    """The test programs, the library of kernels, and the commands that made its objects."""
+    """The test programs, the objects of the library of kernels, and the commands that made them."""
 
     def __init__(self, tests):
         command = ["cargo", "test", "--features", "cuda", "--no-run", "--message-format=json-render-diagnostics"]
@@ -101,15 +102,23 @@ class Build:
             if message["reason"] == "build-script-executed" and "quantkv" in message["package_id"]:
                 if (Path(message["out_dir"]) / LIBRARY).is_file():
                     out_dir = Path(message["out_dir"])
-        self.library = out_dir / LIBRARY
         objects = Path(os.environ.get("QUANTKV_OBJECT_DIR", out_dir))
-        newest = max(objects.glob("*/scheduler.cmd"), key=lambda file: file.stat().st_mtime).parent
-        self.objects = {file.stem: file for file in newest.glob("*.o")}
-        self.commands = {file.stem: shlex.split(file.read_text()) for file in newest.glob("*.cmd")}
+        folder = max(filter(is_of_this_kind, objects.glob("*/scheduler.cmd")), key=lambda file: file.stat().st_mtime).parent
+        self.objects = {file.stem: file for file in folder.glob("*.o")}
+        self.commands = {file.stem: shlex.split(file.read_text()) for file in folder.glob("*.cmd")}
 
     def depends_on(self, stem, file):
         rule = self.objects[stem].with_suffix(".d").read_text().replace("\\\n", " ")
         return any(os.path.normpath(word) == file for word in rule.split())
+
+
+def is_of_this_kind(record):
+    """Whether these objects are of the build at hand: one folder holds those of other architectures and sanitizers too."""
+    words = shlex.split(record.read_text())
+    sanitized = any(word.startswith("-fsanitize") for word in words)
+    if sanitized != (os.environ.get("QUANTKV_SIMT_SANITIZE") == "1"):
+        return False
+    return f"-DQUANTKV_SIMT_ARCH={os.environ['QUANTKV_SIMT_ARCH']}" in words
 
 
 def mutate(build, mutation, folder):
@@ -134,12 +143,16 @@ def mutate(build, mutation, folder):
             finish(running.pop(0))
     for process in running:
         finish(process)
+    return link(build, objects, folder / "lib")
+
+
+def link(build, objects, folder):
+    """Makes the library of these objects in `folder`, and answers that."""
     command = next(iter(build.commands.values()))
     sanitizers = [flag for flag in command if "sanitize" in flag]
-    library = folder / "lib" / LIBRARY
-    library.parent.mkdir(exist_ok=True)
-    finish(start([command[0], "-shared", *sanitizers, *map(str, objects.values()), "-ldl", "-o", str(library)], tree))
-    return library.parent
+    folder.mkdir(exist_ok=True)
+    finish(start([command[0], "-shared", *sanitizers, *map(str, objects.values()), "-ldl", "-o", str(folder / LIBRARY)], ROOT))
+    return folder
 
 
 def start(command, folder):
