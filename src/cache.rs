@@ -14,6 +14,7 @@
 //! memory does not need this type: it fills the structs itself.
 
 mod host_pool;
+mod requantize;
 
 use std::sync::Arc;
 

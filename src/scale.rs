@@ -42,6 +42,15 @@ impl Granularity {
         }
     }
 
+    /// `tensor`, `head` or `channel`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Granularity::Tensor => "tensor",
+            Granularity::Head => "head",
+            Granularity::Channel => "channel",
+        }
+    }
+
     /// The strides that address such a tensor.
     pub const fn strides(self, channels: usize) -> ScaleStrides {
         match self {
@@ -197,6 +206,43 @@ impl StaticScale {
         Ok(())
     }
 
+    /// Other values of the same granularity.
+    ///
+    /// # Errors
+    /// [`Error::InvalidScale`]; [`Error::LengthMismatch`] for another number of them.
+    pub fn with_values(&self, what: &str, values: Vec<f32>) -> Result<Self> {
+        check_scales(what, &values)?;
+        let (expected, got) = (self.values.len(), values.len());
+        if got != expected {
+            return Err(Error::LengthMismatch { what: "the number of scales", expected, got });
+        }
+        Ok(StaticScale { values, ..*self })
+    }
+
+    /// The same scales shared by more or by fewer values. A finer tensor repeats each scale; a coarser
+    /// one has the **largest** of those it replaces: a scale too large costs next to nothing, one too
+    /// small clips.
+    ///
+    /// # Errors
+    /// [`Error::LengthMismatch`] unless these are the scales of `heads` heads of `channels` channels.
+    pub fn with_granularity(&self, granularity: Granularity, heads: usize, channels: usize) -> Result<Self> {
+        let expected = self.granularity.len(heads, channels);
+        if self.values.len() != expected || (self.granularity == Granularity::Channel && self.channels != channels) {
+            return Err(Error::LengthMismatch { what: "the number of scales", expected, got: self.values.len() });
+        }
+        let strides = granularity.strides(channels);
+        // Smaller than any scale; every place is raised below.
+        let mut values = vec![0f32; granularity.len(heads, channels)];
+        for head in 0..heads {
+            for channel in 0..channels {
+                let value = &mut values[strides.index(head, channel)];
+                *value = value.max(self.get(head, channel));
+            }
+        }
+        let channels = if granularity == Granularity::Channel { channels } else { 1 };
+        Ok(StaticScale { granularity, channels, values })
+    }
+
     /// The scales a gfx94x device must use so that FNUZ codes mean what OCP codes of the same
     /// bytes mean: twice the value.
     ///
@@ -237,6 +283,24 @@ pub fn check_scales(what: &str, values: &[f32]) -> Result<()> {
         Some(index) => Err(Error::InvalidScale { what: what.to_owned(), index, value: values[index] }),
         None => Ok(()),
     }
+}
+
+/// The smallest power of two under which `format` reaches `headroom * absmax`: the running scale of
+/// values up to `absmax`. 1.0 where nothing but zeros was seen; at least the smallest normal f32, at
+/// most 2^127.
+///
+/// A power of two loses nothing, since a float's relative precision is the same in every binade, and it
+/// makes growing exact: from `s` to `2^k s` every code becomes the one that `2^k s` would have given
+/// from the start, but for values that are subnormal then (`docs/numerics.md`).
+pub fn covering_scale(absmax: f32, format: KvFormat, headroom: f32) -> f32 {
+    if absmax == 0.0 {
+        return 1.0;
+    }
+    // Exact, or one rounding of a number with room to spare: no product of f32s leaves f64's normals.
+    let wanted = f64::from(absmax) * f64::from(headroom) / f64::from(format.max_finite());
+    let bits = wanted.to_bits();
+    let exponent = (bits >> 52) as i32 - 1023 + i32::from(bits << 12 != 0);
+    2f32.powi(exponent.clamp(-126, 127))
 }
 
 /// The dynamic scale of a row whose largest magnitude (already divided by its static scales) is

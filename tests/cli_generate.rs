@@ -1,86 +1,17 @@
 //! The `generate` example as a program: what it prints, as text and as JSON, and that whatever is
-//! wrong with its arguments or its model ends in one line on stderr and exit code 2.
-//!
-//! `cargo test` builds the examples beside the tests (`target/PROFILE/examples`); run alone,
-//! `cargo test --test cli_generate` uses the one built last, or builds it if there is none.
+//! wrong with its arguments or its model ends in one line on stderr and exit code 2. (Flags about scales:
+//! `cli_scales.rs`.)
+
+mod cli_support;
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
-use std::sync::OnceLock;
+use std::path::Path;
+use std::process::Stdio;
 
+use cli_support::{generate, golden, json, json_on_cuda, micro, prompt_flags, root, run, temp_dir, text};
 use serde_json::Value;
 
 const ANSWER: &str = "Tom's silver coin is in the quiet garden.";
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn generate() -> Command {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    let program = PROGRAM.get_or_init(|| {
-        let exe = std::env::current_exe().unwrap();
-        let profile = exe.parent().and_then(Path::parent).unwrap();
-        let name = format!("generate{}", std::env::consts::EXE_SUFFIX);
-        let program = profile.join("examples").join(name);
-        if !program.exists() {
-            let mut cargo = Command::new(env!("CARGO"));
-            cargo.current_dir(root()).args(["build", "--example", "generate", "--target-dir"]);
-            cargo.arg(profile.parent().unwrap());
-            if profile.ends_with("release") {
-                cargo.arg("--release");
-            }
-            if cfg!(feature = "cuda") {
-                cargo.args(["--features", "cuda"]);
-            }
-            assert!(cargo.status().unwrap().success(), "the example could not be built");
-        }
-        program
-    });
-    let mut command = Command::new(program);
-    command.current_dir(root()).stdin(Stdio::null());
-    command
-}
-
-fn micro() -> String {
-    root().join("tests/fixtures/micro/llmcompressor-tiny-f32").display().to_string()
-}
-
-fn run(args: &[&str]) -> Output {
-    generate().args(args).output().unwrap()
-}
-
-/// Standard output of a run that must succeed, and its standard error.
-fn text(args: &[&str]) -> (String, String) {
-    let output = run(args);
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(0), "{args:?}: {stderr}");
-    (String::from_utf8(output.stdout).unwrap(), stderr)
-}
-
-fn json(args: &[&str]) -> (Value, String) {
-    let (stdout, stderr) = text(&[args, &["--json"]].concat());
-    assert_eq!(stdout.trim_end().lines().count(), 1, "one object on one line");
-    (serde_json::from_str(&stdout).unwrap(), stderr)
-}
-
-fn golden() -> Value {
-    serde_json::from_str(&fs::read_to_string(Path::new(&micro()).join("golden.json")).unwrap()).unwrap()
-}
-
-/// The golden prompts as `--prompt-ids` flags.
-fn prompt_flags(golden: &Value) -> Vec<[String; 2]> {
-    let join = |ids: &Value| ids.as_array().unwrap().iter().map(Value::to_string).collect::<Vec<_>>().join(",");
-    golden["ids"].as_array().unwrap().iter().map(|ids| ["--prompt-ids".to_owned(), join(ids)]).collect()
-}
-
-fn temp_dir(name: &str) -> PathBuf {
-    let dir = std::env::temp_dir().join(format!("quantkv-cli-{}-{name}", std::process::id()));
-    let _ = fs::remove_dir_all(&dir);
-    fs::create_dir_all(&dir).unwrap();
-    dir
-}
 
 #[test]
 fn without_arguments_it_recalls_and_shows_the_cost() {
@@ -122,7 +53,7 @@ fn json_has_the_documented_fields() {
         "blocks_swapped_out",
         "blocks_swapped_in",
     ];
-    assert_eq!(keys(cache), [&counts[..], &["k_scale", "v_scale"]].concat());
+    assert_eq!(keys(cache), [&counts[..], &["k_scale", "v_scale", "scales"]].concat());
     assert!(counts.iter().all(|name| cache[*name].is_u64()));
     assert_eq!((cache["bytes_per_token"].as_u64(), cache["bytes_per_token_auto"].as_u64()), (Some(1024), Some(2048)));
     assert_eq!(cache["k_scale"], serde_json::json!([[1.0], [1.0], [1.0], [1.0]]));
@@ -440,20 +371,6 @@ fn random_weights_measure_steps() {
     assert!(table.contains("decode step") && table.contains("3 sequences"), "{table}");
 }
 
-/// `args`, on CUDA; nothing if this build or this machine has none (unless `QUANTKV_REQUIRE_CUDA=1`).
-fn json_on_cuda(args: &[&str]) -> Option<Value> {
-    let output = run(&[args, &["--device", "cuda", "--json"]].concat());
-    let stderr = String::from_utf8(output.stderr).unwrap();
-    let required = std::env::var_os("QUANTKV_REQUIRE_CUDA").is_some_and(|value| value == "1");
-    if output.status.code() == Some(2) && !(required && cfg!(feature = "cuda")) {
-        assert!(stderr.contains("built without CUDA") || stderr.contains("no cuda device"), "{stderr}");
-        println!("skipped: {stderr}");
-        return None;
-    }
-    assert_eq!(output.status.code(), Some(0), "{args:?}: {stderr}");
-    Some(serde_json::from_slice(&output.stdout).unwrap())
-}
-
 #[test]
 fn cuda_gives_the_cpus_text() {
     let short = ["--max-tokens", "14"];
@@ -503,6 +420,9 @@ fn help_and_version_are_on_standard_output() {
         "--chat",
         "--kv-cache-dtype",
         "--calculate-kv-scales",
+        "--kv-scales",
+        "--kv-scale-divisors",
+        "--kv-scale-headroom",
         "--compare",
         "--json",
     ] {

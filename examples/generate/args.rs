@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser};
 use quantkv::DType;
+use quantkv::decoder::kv_scales::Divisors;
+
+use crate::scales::{KvScalesFlag, divisors, headroom, kv_scales};
 
 /// Generate text with a Hugging Face model through a quantized paged KV cache.
 #[derive(Debug, Parser)]
@@ -97,13 +100,28 @@ pub struct Args {
     #[arg(long, value_name = "DTYPE", default_value = "fp8", value_parser = ["auto", "fp8", "fp8_e4m3", "fp8_e5m2"])]
     pub kv_cache_dtype: String,
 
-    /// Take the scales K/200 and V/100 from the first forward pass
+    /// Take the scales from the first forward pass: the largest K / 200, the largest V / 100
     #[arg(long)]
     pub calculate_kv_scales: bool,
 
     /// Take the scales from a kv_cache_scales.json
     #[arg(long, value_name = "FILE")]
     pub scales_file: Option<PathBuf>,
+
+    /// Where scales come from, how many values share one, or both with a comma between: checkpoint (the
+    /// default), first-batch (as --calculate-kv-scales), running or running:TOKENS (follow the largest
+    /// values of the first TOKENS, 512, then stay), dynamic (one for each token and KV head); tensor,
+    /// head, channel
+    #[arg(long, value_name = "HOW", value_parser = kv_scales)]
+    pub kv_scales: Option<KvScalesFlag>,
+
+    /// What --calculate-kv-scales divides the largest K and the largest V by [default: 200,100]
+    #[arg(long, value_name = "K,V", value_parser = divisors, allow_hyphen_values = true)]
+    pub kv_scale_divisors: Option<Divisors>,
+
+    /// How far above the largest value seen --kv-scales running stays [default: 1.25]
+    #[arg(long, value_name = "FACTOR", value_parser = headroom, allow_negative_numbers = true)]
+    pub kv_scale_headroom: Option<f32>,
 
     /// Where to run: cpu, cuda (the first device) or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
@@ -213,7 +231,7 @@ fn token_ids(text: &str) -> Result<TokenIds, String> {
     text.split(',').map(parse).collect::<Result<_, _>>().map(TokenIds)
 }
 
-fn positive(text: &str) -> Result<usize, String> {
+pub fn positive(text: &str) -> Result<usize, String> {
     match text.parse() {
         Ok(0) => Err("it must be at least 1".into()),
         Ok(n) => Ok(n),

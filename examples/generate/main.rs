@@ -7,14 +7,15 @@
 //! cargo run --release --features cuda --example generate -- --device cuda --random-weights llama-3.1-8b \
 //!     --prompt-length 1000 --batch 16
 //! ```
-//! `args.rs` is the command line, `device.rs` the backend, `setup.rs` what is loaded and how it is run,
-//! `print.rs` text and tables, `report.rs` the JSON object. Any error is one line on stderr and exit
-//! code 2.
+//! `args.rs` is the command line, `scales.rs` its part about scales, `device.rs` the backend, `setup.rs`
+//! what is loaded and how it is run, `print.rs` text and tables, `report.rs` the JSON object. Any error is
+//! one line on stderr and exit code 2.
 
 mod args;
 mod device;
 mod print;
 mod report;
+mod scales;
 mod setup;
 
 use std::io::{self, IsTerminal, Write};

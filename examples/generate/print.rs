@@ -139,6 +139,9 @@ pub fn closing_table<B: Compute<A>, A: Element>(
         );
         rows.insert(5, ("decode step", decoding));
     }
+    if let Some(line) = run.scales.line(run) {
+        rows.insert(3, ("KV scales", line));
+    }
     if stats.shared_tokens > 0 {
         rows.push(("shared", format!("{} prompt tokens found in blocks of others", stats.shared_tokens)));
     }

@@ -5,6 +5,7 @@ use quantkv::decoder::{Compute, Engine};
 use quantkv::{Element, KvCacheDtype, KvFormat};
 use serde_json::{Value, json};
 
+use crate::scales::ScaleReport;
 use crate::setup::{Plan, Session};
 
 /// Everything a run leaves behind.
@@ -24,6 +25,7 @@ pub struct RunReport {
     /// Scales of each layer, in the order of KV heads (one for all, usually).
     k_scale: Vec<Vec<f32>>,
     v_scale: Vec<Vec<f32>>,
+    pub scales: ScaleReport,
 }
 
 /// Steps of decoding alone, all of them with as many sequences.
@@ -108,6 +110,7 @@ impl RunReport {
             bytes_per_token_auto: plan.bytes_per_token_auto,
             k_scale: scales.iter().map(|s| s.k.values().to_vec()).collect(),
             v_scale: scales.iter().map(|s| s.v.values().to_vec()).collect(),
+            scales: ScaleReport::new(plan, &scales),
         })
     }
 
@@ -155,6 +158,7 @@ impl RunReport {
             "blocks_swapped_in": self.stats.blocks_swapped_in,
             "k_scale": self.k_scale,
             "v_scale": self.v_scale,
+            "scales": self.scales.json(self),
         })
     }
 

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use quantkv::decoder::chat::{ChatTemplate, Message};
 use quantkv::decoder::engine::Request;
-use quantkv::decoder::kv_scales::{KvScales, ScaleSource, resolve};
+use quantkv::decoder::kv_scales::{KvScales, resolve};
 use quantkv::decoder::sampling::SamplingParams;
 use quantkv::decoder::tokenizer::Tokenizer;
 use quantkv::decoder::{Compute, Config, EngineConfig, GenerationConfig, Model, Weights, known};
@@ -17,6 +17,7 @@ use rand::{Rng, SeedableRng};
 use crate::Failure;
 use crate::args::{Args, Device};
 use crate::device::Machine;
+use crate::scales;
 
 /// The bundled model, and a prompt it can answer.
 const BUNDLED: &str = "models/tales-3m";
@@ -95,6 +96,7 @@ pub struct Session<B: Compute<A>, A: Element> {
 pub struct Plan {
     pub engine: EngineConfig,
     pub scales: KvScales,
+    pub scale_source: &'static str,
     pub block_bytes: usize,
     /// Bytes a token takes in all layers, in this cache and in one of the model's own dtype.
     pub bytes_per_token: usize,
@@ -232,7 +234,14 @@ impl<B: Compute<A> + Machine, A: Element> Session<B, A> {
     pub fn plan(&self, args: &Args, dtype: KvCacheDtype) -> Result<Plan, Failure> {
         let (model, layers) = (&self.model, self.model.config().num_layers);
         let format = dtype.resolve(model.dtype());
-        let spec = model.cache_spec(args.block_size, format)?;
+        let options = scales::options(args)?;
+        let scale_source = options.source.name();
+        let mut scales = resolve(model.config(), model.weights(), format, options)?;
+        if args.random_weights.is_some() {
+            // There is no checkpoint to have scales, and no sense to lose.
+            scales.warnings.clear();
+        }
+        let spec = scales.cache_spec(model.cache_spec(args.block_size, format)?)?;
         let auto = model.cache_spec(args.block_size, KvCacheDtype::Auto.resolve(model.dtype()))?;
         let num_blocks = match args.num_blocks {
             Some(blocks) => blocks,
@@ -244,11 +253,6 @@ impl<B: Compute<A> + Machine, A: Element> Session<B, A> {
         let block_bytes = spec.bytes_per_block()?.saturating_mul(layers);
         let cache_bytes = num_blocks.saturating_mul(block_bytes);
         check_memory(&**model.backend(), "the cache", cache_bytes, "a smaller --kv-memory or --num-blocks")?;
-        let source = match &args.scales_file {
-            Some(path) => ScaleSource::File(path),
-            None if args.calculate_kv_scales => ScaleSource::FirstBatch,
-            None => ScaleSource::Checkpoint,
-        };
         let engine = EngineConfig {
             block_size: args.block_size,
             swap_blocks: args.swap_blocks.unwrap_or((DEFAULT_SWAP_MEMORY / block_bytes).min(num_blocks)),
@@ -259,13 +263,9 @@ impl<B: Compute<A> + Machine, A: Element> Session<B, A> {
         };
         let swap_bytes = engine.swap_blocks.saturating_mul(block_bytes);
         check_memory(&CpuBackend::new(), "the host's part of the cache", swap_bytes, "fewer --swap-blocks")?;
-        let mut scales = resolve(model.config(), model.weights(), format, source)?;
-        if args.random_weights.is_some() {
-            // There is no checkpoint to have scales, and no sense to lose.
-            scales.warnings.clear();
-        }
         Ok(Plan {
             scales,
+            scale_source,
             engine,
             block_bytes,
             bytes_per_token: spec.bytes_per_token()? * layers,

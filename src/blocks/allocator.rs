@@ -48,6 +48,11 @@ impl BlockAllocator {
         self.counts.len() - self.free.len()
     }
 
+    /// The blocks somebody refers to, in order.
+    pub fn allocated(&self) -> impl Iterator<Item = u32> + '_ {
+        self.counts.iter().zip(0u32..).filter_map(|(count, block)| (*count > 0).then_some(block))
+    }
+
     /// The most blocks ever allocated at once.
     pub fn peak_allocated(&self) -> usize {
         self.peak
@@ -121,8 +126,10 @@ mod tests {
         blocks.retain(1).unwrap();
         assert_eq!(blocks.release(1).unwrap(), 1);
         assert_eq!((blocks.num_free(), blocks.ref_count(1)), (0, 1));
+        assert!(blocks.allocated().eq([0, 1]));
         assert_eq!(blocks.release(1).unwrap(), 0);
         assert_eq!((blocks.num_free(), blocks.num_allocated(), blocks.peak_allocated()), (1, 1, 2));
+        assert!(blocks.allocated().eq([0]));
         assert!(matches!(blocks.release(1), Err(Error::NotAllocated { block: 1 })));
         assert!(matches!(blocks.retain(1), Err(Error::NotAllocated { block: 1 })));
         assert!(matches!(blocks.release(2), Err(Error::NotAllocated { block: 2 })));

@@ -64,6 +64,11 @@ impl BlockPool {
         self.peak
     }
 
+    /// Every block that holds something, in order: those in use and those that the prefix cache keeps.
+    pub fn occupied(&self) -> impl Iterator<Item = u32> + '_ {
+        self.allocator.allocated()
+    }
+
     /// References to `block`, the prefix cache's included.
     pub fn ref_count(&self, block: u32) -> u32 {
         self.allocator.ref_count(block)

@@ -11,7 +11,8 @@
 //! random, known     weights made up for well-known shapes, to measure models without their download
 //! tokenizer, chat   text -> token ids and back
 //! sampling          logits -> next token
-//! kv_scales         which static scales the cache gets
+//! kv_scales         which scales the cache gets
+//! warm_up           scales that follow the first tokens
 //! engine            continuous batching: chunked prefill, forks, preemption
 //! ```
 //!
@@ -46,6 +47,7 @@ mod scratch;
 mod strftime;
 mod text;
 pub mod tokenizer;
+pub mod warm_up;
 pub mod weights;
 
 pub use batch::{Batch, WantedLogits};

@@ -11,11 +11,13 @@ use std::sync::Arc;
 use super::batch::Batch;
 use super::compute::Compute;
 use super::config::Config;
+use super::kv_scales::Divisors;
 use super::loader::{Loader, Source};
-use super::network::Network;
+use super::network::{Network, NewScales};
 use super::recorded::{LogitsKind, Recordings, StepKind, recorded_stride};
 use super::sampling::no_logit;
 use super::scratch::{Scratch, StepInputs};
+use super::warm_up::{Observed, WarmUp};
 use super::weights::Weights;
 use crate::cache::PagedKvCache;
 use crate::error::{Error, Result};
@@ -31,7 +33,7 @@ pub struct Model<B: Compute<A>, A: Element = f32> {
     inputs: StepInputs<B>,
     recordings: Recordings<B, A>,
     padded_tables: Vec<i32>,
-    scales_from_next_step: bool,
+    first_batch: Option<Divisors>,
     last: LastStep,
     logits: Vec<f32>,
     tokens: Vec<u32>,
@@ -95,7 +97,7 @@ impl<B: Compute<A>, A: Element> Model<B, A> {
             recordings: Recordings::new(),
             padded_tables: Vec::new(),
             dtype: network.config.dtype.unwrap_or(stored),
-            scales_from_next_step: false,
+            first_batch: None,
             last: LastStep::default(),
             logits: Vec::new(),
             tokens: Vec::new(),
@@ -128,7 +130,17 @@ impl<B: Compute<A>, A: Element> Model<B, A> {
     /// layer's K scale becomes max|K| / 200 and its V scale max|V| / 100 (1.0 where all is zero),
     /// in the granularity the cache has. Frozen afterwards. For a cache that holds nothing yet.
     pub fn scales_from_next_step(&mut self) {
-        self.scales_from_next_step = true;
+        self.first_batch = Some(Divisors::default());
+    }
+
+    /// [`Model::scales_from_next_step`] with other divisors than 200 and 100.
+    ///
+    /// # Errors
+    /// [`Divisors::validate`].
+    pub fn scales_from_next_step_by(&mut self, divisors: Divisors) -> Result<()> {
+        divisors.validate()?;
+        self.first_batch = Some(divisors);
+        Ok(())
     }
 
     /// Runs one step: writes the keys and values of all tokens of `batch` to `cache` and returns
@@ -149,28 +161,55 @@ impl<B: Compute<A>, A: Element> Model<B, A> {
     /// [`Error::GeometryMismatch`] for a cache of another model; [`Error::OutOfMemory`]; the
     /// backend's own.
     pub fn compute(&mut self, batch: &Batch, cache: &mut PagedKvCache<B>) -> Result<()> {
+        let new_scales = self.first_batch.map_or(NewScales::None, NewScales::FirstBatch);
+        self.compute_with(batch, cache, new_scales)?;
+        self.first_batch = None;
+        Ok(())
+    }
+
+    /// A step of a warm-up: [`Model::compute`], before whose writes each layer's static scales grow to
+    /// cover the tokens observed; blocks already written are requantized where a scale changes. Those in
+    /// host memory are the caller's: see [`WarmUp::rescaled`].
+    ///
+    /// # Errors
+    /// As [`Model::compute`]; [`Error::GeometryMismatch`] if the warm-up is another cache's;
+    /// [`Error::BlockOutOfRange`].
+    pub fn compute_warming_up(
+        &mut self,
+        batch: &Batch,
+        cache: &mut PagedKvCache<B>,
+        warm_up: &mut WarmUp,
+        observed: Observed<'_>,
+    ) -> Result<()> {
+        let Observed { rows, tokens, written } = observed;
+        warm_up.check(cache)?;
+        warm_up.begin_step(tokens);
+        let rows = rows.min(batch.num_tokens());
+        self.compute_with(batch, cache, NewScales::Running { warm_up, rows, written })
+    }
+
+    fn compute_with(&mut self, batch: &Batch, cache: &mut PagedKvCache<B>, new_scales: NewScales<'_>) -> Result<()> {
         self.last = LastStep::default();
         self.check_cache(cache)?;
         batch.validate(self.config().vocab_size, cache.shape())?;
         let Model { network, scratch, .. } = self;
         scratch.reserve(&*network.backend, &network.config, batch.num_tokens(), cache)?;
-        let recorded = network.backend.records() && batch.is_decode() && !self.scales_from_next_step;
+        let recorded = network.backend.records() && batch.is_decode() && matches!(new_scales, NewScales::None);
         if recorded {
             self.replay(batch, cache)?;
         } else {
-            self.run(batch, cache)?;
+            self.run(batch, cache, new_scales)?;
         }
-        self.scales_from_next_step = false;
         self.last = LastStep { wanted: batch.logits_rows.clone(), recorded };
         Ok(())
     }
 
-    fn run(&mut self, batch: &Batch, cache: &mut PagedKvCache<B>) -> Result<()> {
+    fn run(&mut self, batch: &Batch, cache: &mut PagedKvCache<B>, new_scales: NewScales<'_>) -> Result<()> {
         let Model { network, scratch, inputs, padded_tables, .. } = self;
         let stride = batch.longest_table();
         batch.padded_tables(stride, padded_tables);
         inputs.set(&*network.backend, batch, padded_tables, stride)?;
-        network.step(scratch, inputs, batch.num_tokens(), cache, self.scales_from_next_step)
+        network.step(scratch, inputs, batch.num_tokens(), cache, new_scales)
     }
 
     fn replay(&mut self, batch: &Batch, cache: &mut PagedKvCache<B>) -> Result<()> {
@@ -182,7 +221,7 @@ impl<B: Compute<A>, A: Element> Model<B, A> {
         let step = recordings.step(backend, kind, scratch.generation, cache.identity())?;
         step.inputs.set(backend, batch, padded_tables, stride)?;
         let (inputs, recording) = (&step.inputs, &mut step.recording);
-        let mut work = || network.step(scratch, inputs, rows, cache, false);
+        let mut work = || network.step(scratch, inputs, rows, cache, NewScales::None);
         // SAFETY: the recording is one of this kind of step over this generation of the scratch, this
         // cache and its own inputs, whose lengths the kind fixes: the work is the same, and all of
         // these are borrowed here, hence alive. The weights are this model's, as the recording is.

@@ -16,15 +16,26 @@ use std::sync::Arc;
 
 use super::compute::Compute;
 use super::config::Config;
+use super::kv_scales::Divisors;
 use super::scratch::{Scratch, StepInputs};
+use super::warm_up::WarmUp;
 use crate::args::{Absmax, AttentionParams, RowStrides};
 use crate::cache::{AttentionHeads, AttentionIo, PagedKvCache};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::format::Element;
 use crate::layout::Half;
+use crate::scale::Granularity;
 
-/// Divisors of the first-batch scales: vLLM's `K_SCALE_CONSTANT` and `V_SCALE_CONSTANT`.
-const FIRST_BATCH_DIVISORS: [(Half, f32); 2] = [(Half::K, 200.0), (Half::V, 100.0)];
+/// What a step does to the static scales of the cache, layer by layer, before it writes to it.
+#[derive(Debug)]
+pub(super) enum NewScales<'a> {
+    /// Nothing.
+    None,
+    /// They become those of this step's tokens, for a cache that holds nothing.
+    FirstBatch(Divisors),
+    /// They grow with the first `rows` tokens of the step, and `written` blocks with them.
+    Running { warm_up: &'a mut WarmUp, rows: usize, written: &'a [u32] },
+}
 
 /// A linear layer: weight and optional bias.
 pub(super) struct Projection<B: Compute<A>, A: Element> {
@@ -59,22 +70,26 @@ pub(super) struct Network<B: Compute<A>, A: Element> {
 }
 
 impl<B: Compute<A>, A: Element> Network<B, A> {
-    /// All layers over `rows` tokens. `new_scales`: each layer's scales come from these tokens.
+    /// All layers over `rows` tokens.
     pub fn step(
         &self,
         s: &mut Scratch<B, A>,
         inputs: &StepInputs<B>,
         rows: usize,
         cache: &mut PagedKvCache<B>,
-        new_scales: bool,
+        mut new_scales: NewScales<'_>,
     ) -> Result<()> {
         self.backend.embed(&self.embedding, inputs.ids(), rows, &mut s.x)?;
         let scaling = self.config.rope.attention_scaling();
         self.backend.rope_table(inputs.positions(), rows, &self.inv_freq, scaling, &mut s.cos, &mut s.sin)?;
         for index in 0..self.layers.len() {
             self.keys_and_queries(index, s, rows)?;
-            if new_scales {
-                self.scales_from_step(index, s, rows, cache)?;
+            match &mut new_scales {
+                NewScales::None => {}
+                NewScales::FirstBatch(divisors) => self.scales_from_step(index, s, rows, *divisors, cache)?,
+                NewScales::Running { warm_up, rows, written } => {
+                    self.grow_scales(index, s, *rows, warm_up, written, cache)?;
+                }
             }
             self.attention(index, s, inputs, rows, cache)?;
             self.mlp(index, s, rows)?;
@@ -137,29 +152,57 @@ impl<B: Compute<A>, A: Element> Network<B, A> {
         index: usize,
         s: &Scratch<B, A>,
         rows: usize,
+        divisors: Divisors,
         cache: &mut PagedKvCache<B>,
     ) -> Result<()> {
-        let (backend, config) = (&*self.backend, &self.config);
         let scales = cache.scales(index)?;
-        for (half, divisor) in FIRST_BATCH_DIVISORS {
-            let (input, granularity) = match half {
-                Half::K => (&s.k, scales.k.granularity()),
-                Half::V => (&s.v, scales.v.granularity()),
-            };
-            let (num_heads, head_dim) = (config.num_kv_heads, config.head_dim);
-            let mut running = backend.zeros("running maxima", granularity.len(num_heads, head_dim))?;
-            backend.absmax(Absmax {
-                input: backend.view(input),
-                strides: RowStrides::contiguous(num_heads, head_dim),
-                num_tokens: rows,
-                num_heads,
-                head_dim,
-                granularity,
-                running: backend.view_mut(&mut running),
-            })?;
-            cache.update_scales(index, half, backend.view(&running), divisor)?;
+        for (half, input, scale, divisor) in
+            [(Half::K, &s.k, scales.k, divisors.k), (Half::V, &s.v, scales.v, divisors.v)]
+        {
+            let maxima = self.maxima(input, rows, scale.granularity())?;
+            cache.update_scales(index, half, self.backend.view(&maxima), divisor)?;
         }
         Ok(())
+    }
+
+    /// Makes one layer's static scales cover the keys and values about to be written, with all that the
+    /// cache holds already.
+    fn grow_scales(
+        &self,
+        index: usize,
+        s: &Scratch<B, A>,
+        rows: usize,
+        warm_up: &mut WarmUp,
+        written: &[u32],
+        cache: &mut PagedKvCache<B>,
+    ) -> Result<()> {
+        let seen = |input, half| {
+            let granularity = warm_up.granularity(index, half);
+            let mut seen = vec![0.0; granularity.len(self.config.num_kv_heads, self.config.head_dim)];
+            self.backend.download(&self.maxima(input, rows, granularity)?, &mut seen)?;
+            Ok::<_, Error>(seen)
+        };
+        let (k, v) = (seen(&s.k, Half::K)?, seen(&s.v, Half::V)?);
+        match warm_up.observe(index, &k, &v)? {
+            Some(scales) => cache.requantize(index, &scales, written),
+            None => Ok(()),
+        }
+    }
+
+    /// The largest magnitudes of the first `rows` rows of new keys or values.
+    fn maxima(&self, input: &B::Buffer<A>, rows: usize, granularity: Granularity) -> Result<B::Buffer<f32>> {
+        let (backend, num_heads, head_dim) = (&*self.backend, self.config.num_kv_heads, self.config.head_dim);
+        let mut running = backend.zeros("running maxima", granularity.len(num_heads, head_dim))?;
+        backend.absmax(Absmax {
+            input: backend.view(input),
+            strides: RowStrides::contiguous(num_heads, head_dim),
+            num_tokens: rows,
+            num_heads,
+            head_dim,
+            granularity,
+            running: backend.view_mut(&mut running),
+        })?;
+        Ok(running)
     }
 
     /// `x += down(silu(gate(n)) * up(n))`, `n = rms_norm(x)`. Its rows are the widest: some at a time.

@@ -9,9 +9,11 @@
 //! Sequences that begin alike share blocks; samples of one prompt share all of them until they
 //! write (copy-on-write through `copy_blocks`); when blocks run out sequences wait in host memory
 //! (`swap_blocks`). None of this changes what is generated: a row of the model depends on its own
-//! sequence alone, and every sample draws from a generator of its own.
+//! sequence alone, and every sample draws from a generator of its own. (Scales that are computed on the
+//! way depend on the requests before: `scales.rs` says on what.)
 
 mod request;
+mod scales;
 mod scheduler;
 mod sequence;
 
@@ -20,6 +22,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 pub use request::{Event, FinishReason, LastStep, Output, Request, Stats};
+use scales::Scales;
 use scheduler::{Limits, Move, Row, Scheduler, Step};
 use sequence::Sequence;
 
@@ -84,7 +87,7 @@ pub struct Engine<'m, B: Compute<A>, A: Element = f32> {
     host: Option<HostPool>,
     scheduler: Scheduler,
     requests: Vec<(Request, Vec<Output>)>,
-    scales_pending: bool,
+    scales: Scales,
     stats: Stats,
     last_step: LastStep,
     batch: Batch,
@@ -108,7 +111,7 @@ impl<'m, B: Compute<A>, A: Element> Engine<'m, B, A> {
         if config.max_num_seqs == 0 {
             return Err(Error::Zero { what: "the number of sequences that run at once" });
         }
-        let spec = model.cache_spec(config.block_size, config.format)?;
+        let spec = scales.cache_spec(model.cache_spec(config.block_size, config.format)?)?;
         let cache = PagedKvCache::new(Arc::clone(model.backend()), spec, config.num_blocks, &scales.layers)?;
         let pool = match config.prefix_sharing {
             true => BlockPool::with_prefix_cache(config.num_blocks, config.block_size)?,
@@ -117,7 +120,7 @@ impl<'m, B: Compute<A>, A: Element> Engine<'m, B, A> {
         let limits = Limits { max_prefill_tokens: config.max_prefill_tokens, max_num_seqs: config.max_num_seqs };
         Ok(Engine {
             scheduler: Scheduler::new(pool, config.swap_blocks, limits)?,
-            scales_pending: scales.from_first_batch,
+            scales: Scales::new(scales, spec)?,
             host: None,
             requests: Vec::new(),
             stats: Stats::default(),
@@ -137,7 +140,8 @@ impl<'m, B: Compute<A>, A: Element> Engine<'m, B, A> {
 
     /// Counters so far.
     pub fn stats(&self) -> Stats {
-        Stats { blocks_peak: self.scheduler.pool.peak_in_use(), ..self.stats }
+        let scales_frozen = self.scales.are_frozen();
+        Stats { blocks_peak: self.scheduler.pool.peak_in_use(), scales_frozen, ..self.stats }
     }
 
     /// What the latest step computed, and how long it took.
@@ -180,6 +184,7 @@ impl<'m, B: Compute<A>, A: Element> Engine<'m, B, A> {
             tokens: request.prompt.clone(),
             prompt_len: request.prompt.len(),
             max_len,
+            observed: 0,
             forks: request.n - 1,
             sampler: Sampler::new(request.sampling, 0)?,
             text: TextStream::default(),
@@ -251,9 +256,9 @@ impl<'m, B: Compute<A>, A: Element> Engine<'m, B, A> {
     /// backend's own. The engine is not to be used after an error.
     pub fn step(&mut self, mut on_event: impl FnMut(Event<'_>)) -> Result<()> {
         let started = Instant::now();
-        // The first forward pass, whose values become the scales, is the first prompt's alone: so
-        // that they do not depend on what else was asked.
-        let step = self.scheduler.schedule(self.scales_pending)?;
+        // Tokens whose values become the scales are the first requests' one after the other, so that
+        // they do not depend on what else was asked.
+        let step = self.scheduler.schedule(!self.scales.are_frozen())?;
         self.stats.steps += 1;
         self.last_step = LastStep::default();
         self.stats.shared_tokens += step.shared_tokens;
@@ -262,11 +267,8 @@ impl<'m, B: Compute<A>, A: Element> Engine<'m, B, A> {
         if step.rows.is_empty() {
             return Ok(());
         }
-        if std::mem::take(&mut self.scales_pending) {
-            self.model.scales_from_next_step();
-        }
         self.fill_batch(&step.rows)?;
-        self.model.compute(&self.batch, &mut self.cache)?;
+        self.compute(&step.rows)?;
         let sampling: Vec<usize> = step.rows.iter().filter(|row| row.samples).map(|row| row.index).collect();
         let at_once = self.model.logits_rows_at_once();
         for (chunk, running) in sampling.chunks(at_once).enumerate() {

@@ -110,4 +110,11 @@ pub struct Stats {
     pub recomputed: usize,
     /// Steps taken.
     pub steps: usize,
+    /// Tokens that scales computed on the fly have been computed from.
+    pub scale_tokens: usize,
+    /// Whether scales are what they will be: always, but before the first step and during a warm-up.
+    pub scales_frozen: bool,
+    /// Times that the running scales of a layer changed, the first time included; what its blocks held was
+    /// requantized.
+    pub scale_changes: usize,
 }

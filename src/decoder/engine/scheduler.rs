@@ -103,15 +103,20 @@ impl Scheduler {
         !(self.waiting.is_empty() && self.running.is_empty() && self.swapped.is_empty())
     }
 
-    /// Decides the next step. With `admit_one` at most one sequence starts in it.
-    pub fn schedule(&mut self, admit_one: bool) -> Result<Step> {
+    /// Blocks of host memory that hold something, in order.
+    pub fn host_blocks(&self) -> Vec<u32> {
+        self.host.allocated().collect()
+    }
+
+    /// Decides the next step. With `alone` a sequence starts only where no other runs.
+    pub fn schedule(&mut self, alone: bool) -> Result<Step> {
         let mut step = Step::default();
         let mut budget = self.limits.max_prefill_tokens;
         let preempted = self.continue_running(&mut step, &mut budget)?;
         if !preempted {
             self.swap_in(&mut step, &mut budget)?;
             if self.swapped.is_empty() {
-                self.admit(&mut step, &mut budget, admit_one)?;
+                self.admit(&mut step, &mut budget, alone)?;
             }
         }
         Ok(step)
@@ -210,9 +215,9 @@ impl Scheduler {
         Ok(())
     }
 
-    fn admit(&mut self, step: &mut Step, budget: &mut usize, one: bool) -> Result<()> {
-        let mut admitted = 0;
-        while self.running.len() < self.limits.max_num_seqs && *budget > 0 && !(one && admitted == 1) {
+    fn admit(&mut self, step: &mut Step, budget: &mut usize, alone: bool) -> Result<()> {
+        let most = if alone { 1 } else { self.limits.max_num_seqs };
+        while self.running.len() < most && *budget > 0 {
             let Some(sequence) = self.waiting.front() else { break };
             let table = BlockTable::with_prefix_of(&mut self.pool, 0, &sequence.tokens)?;
             let shared = table.len();
@@ -225,7 +230,6 @@ impl Scheduler {
             self.running.push(Running { sequence, table });
             self.give(step, budget, self.running.len() - 1, chunk)?;
             step.shared_tokens += shared;
-            admitted += 1;
         }
         Ok(())
     }

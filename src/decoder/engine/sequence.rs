@@ -14,6 +14,8 @@ pub(super) struct Sequence {
     pub prompt_len: usize,
     /// Tokens it may have at most.
     pub max_len: usize,
+    /// Tokens that a warm-up of scales has counted, this sequence's own or those of blocks it shares.
+    pub observed: usize,
     /// Samples to be forked off when the prompt is computed.
     pub forks: usize,
     pub sampler: Sampler,
