@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser};
 use quantkv::DType;
+use quantkv::checkpoint::MissingScales;
 
 /// Generate text with a Hugging Face model through a quantized paged KV cache.
 #[derive(Debug, Parser)]
@@ -105,6 +106,10 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     pub scales_file: Option<PathBuf>,
 
+    /// What to do where the checkpoint or file has scales for some layers only: stop, or take 1.0 for the rest
+    #[arg(long, value_name = "WHAT", default_value = "error")]
+    pub missing_kv_scales: MissingKvScales,
+
     /// Where to run: cpu, cuda (the first device) or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
     pub device: Device,
@@ -153,6 +158,22 @@ pub struct Args {
     /// Run the prompts under auto, fp8_e4m3 and fp8_e5m2 and print them side by side
     #[arg(long)]
     pub compare: bool,
+}
+
+/// `--missing-kv-scales`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum MissingKvScales {
+    Error,
+    One,
+}
+
+impl From<MissingKvScales> for MissingScales {
+    fn from(given: MissingKvScales) -> Self {
+        match given {
+            MissingKvScales::Error => MissingScales::Error,
+            MissingKvScales::One => MissingScales::One,
+        }
+    }
 }
 
 /// `--device`.

@@ -1,5 +1,6 @@
 //! What a run did, and the same as JSON.
 
+use quantkv::checkpoint::Origin;
 use quantkv::decoder::engine::{LastStep, Output, Stats};
 use quantkv::decoder::{Compute, Engine};
 use quantkv::{Element, KvCacheDtype, KvFormat};
@@ -24,6 +25,7 @@ pub struct RunReport {
     /// Scales of each layer, in the order of KV heads (one for all, usually).
     k_scale: Vec<Vec<f32>>,
     v_scale: Vec<Vec<f32>>,
+    scales_origin: Option<Origin>,
 }
 
 /// Steps of decoding alone, all of them with as many sequences.
@@ -108,6 +110,7 @@ impl RunReport {
             bytes_per_token_auto: plan.bytes_per_token_auto,
             k_scale: scales.iter().map(|s| s.k.values().to_vec()).collect(),
             v_scale: scales.iter().map(|s| s.v.values().to_vec()).collect(),
+            scales_origin: plan.scales.origin.clone(),
         })
     }
 
@@ -155,6 +158,7 @@ impl RunReport {
             "blocks_swapped_in": self.stats.blocks_swapped_in,
             "k_scale": self.k_scale,
             "v_scale": self.v_scale,
+            "scales_origin": self.scales_origin.as_ref().map(origin_json),
         })
     }
 
@@ -167,6 +171,18 @@ impl RunReport {
             "decode_steps": self.decode_steps.as_ref().map(DecodeSteps::json),
         })
     }
+}
+
+/// Where scales come from, as far as their files say.
+fn origin_json(origin: &Origin) -> Value {
+    json!({
+        "tool": origin.tool.name(),
+        "version": origin.version,
+        "key_range": origin.key_range.name(),
+        "statistic": origin.statistic.to_string(),
+        "shared_by_k_and_v": origin.shared,
+        "tensors": origin.naming.map(|naming| naming.pattern()),
+    })
 }
 
 /// The object of `--json`.

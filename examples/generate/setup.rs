@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use quantkv::decoder::chat::{ChatTemplate, Message};
 use quantkv::decoder::engine::Request;
-use quantkv::decoder::kv_scales::{KvScales, ScaleSource, resolve};
+use quantkv::decoder::kv_scales::{KvScales, ScaleOptions, ScaleSource, resolve};
 use quantkv::decoder::sampling::SamplingParams;
 use quantkv::decoder::tokenizer::Tokenizer;
 use quantkv::decoder::{Compute, Config, EngineConfig, GenerationConfig, Model, Weights, known};
@@ -259,7 +259,8 @@ impl<B: Compute<A> + Machine, A: Element> Session<B, A> {
         };
         let swap_bytes = engine.swap_blocks.saturating_mul(block_bytes);
         check_memory(&CpuBackend::new(), "the host's part of the cache", swap_bytes, "fewer --swap-blocks")?;
-        let mut scales = resolve(model.config(), model.weights(), format, source)?;
+        let options = ScaleOptions { source, missing: args.missing_kv_scales.into() };
+        let mut scales = resolve(model.config(), model.weights(), format, options).map_err(explain_scales)?;
         if args.random_weights.is_some() {
             // There is no checkpoint to have scales, and no sense to lose.
             scales.warnings.clear();
@@ -293,6 +294,16 @@ impl<B: Compute<A> + Machine, A: Element> Session<B, A> {
 /// Whether prompts are given as tokens.
 fn has_ids(args: &Args) -> bool {
     !args.prompt_ids.is_empty() || args.prompt_length.is_some()
+}
+
+/// What the user can do about scales that were refused.
+fn explain_scales(error: quantkv::Error) -> Failure {
+    let advice = match &error {
+        quantkv::Error::MissingScales { .. } => " (see --missing-kv-scales one)",
+        quantkv::Error::InvalidScale { .. } => " (see --calculate-kv-scales, --scales-file)",
+        _ => "",
+    };
+    Failure::User(format!("{error}{advice}"))
 }
 
 /// What the user can do about a request that was refused.

@@ -32,7 +32,6 @@ mod cpu_ops;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod engine;
-pub(crate) mod json;
 pub mod known;
 pub mod kv_scales;
 mod loader;
@@ -46,7 +45,9 @@ mod scratch;
 mod strftime;
 mod text;
 pub mod tokenizer;
-pub mod weights;
+
+pub use crate::checkpoint::weights;
+pub(crate) use crate::json;
 
 pub use batch::{Batch, WantedLogits};
 pub use compute::Compute;
