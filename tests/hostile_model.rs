@@ -9,7 +9,7 @@ use std::sync::Arc;
 use decoder_support::fixture;
 use proptest::prelude::*;
 use quantkv::checkpoint::kv_scales;
-use quantkv::decoder::{Batch, Config, GenerationConfig, Model, WantedLogits, Weights};
+use quantkv::decoder::{Batch, Config, GenerationConfig, Model, WantedLogits};
 use quantkv::scale::LayerScales;
 use quantkv::{CpuBackend, DType, Error, KvFormat, PagedKvCache};
 use safetensors::tensor::{Dtype, TensorView};

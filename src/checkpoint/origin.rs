@@ -67,9 +67,10 @@ impl Tool {
         }
     }
 
-    /// Whether this tool names its scales so.
+    /// Whether this tool names its scales so, or another program may have renamed them so.
     pub(super) fn writes(self, naming: Naming) -> bool {
         match self {
+            _ if matches!(naming, Naming::Cache | Naming::Vllm) => true,
             Tool::CompressedTensors => matches!(naming, Naming::Attention),
             Tool::ModelOpt => matches!(naming, Naming::Projection | Naming::FusedProjection),
             Tool::Quark => matches!(naming, Naming::Output | Naming::Attention),

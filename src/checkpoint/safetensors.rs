@@ -270,14 +270,13 @@ impl Reader<'_> {
             return Origin { shared, version: declared.version.clone(), ..Origin::unknown() };
         }
         if let Some(granularity) = self.declaration.granularity {
-            let differs = |scales: &&LayerScales| {
-                scales.k.granularity() != granularity && scales.k.granularity() != Granularity::Tensor
-                    || granularity != Granularity::Tensor && scales.k.granularity() == Granularity::Tensor
-            };
-            if let Some(layer) = layers.iter().position(|scales| differs(&scales)) {
+            // Of one KV head, a scale a head is one for the tensor.
+            let one_head = self.shape.num_kv_heads == 1 && granularity == Granularity::Head;
+            let differs = |scales: &LayerScales| scales.k.granularity() != granularity && !one_head;
+            if let Some(layer) = layers.iter().position(differs) {
                 let found = layers[layer].k.granularity();
                 warnings.push(format!(
-                    "config.json declares one scale a {granularity:?}, layer {layer} has one a {found:?}"
+                    "config.json declares scales per {granularity:?}, layer {layer} has them per {found:?}"
                 ));
             }
         }
