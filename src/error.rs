@@ -120,6 +120,37 @@ pub enum Error {
         value: f32,
     },
 
+    /// A model whose heads cannot be dealt out to tensor-parallel ranks like this.
+    #[error("rank {rank} of {world} has no part of {num_heads} query heads and {num_kv_heads} KV heads: {reason}")]
+    Shard {
+        /// The rank asked for.
+        rank: usize,
+        /// How many ranks there are.
+        world: usize,
+        /// Query heads.
+        num_heads: usize,
+        /// KV heads.
+        num_kv_heads: usize,
+        /// Why not.
+        reason: &'static str,
+    },
+
+    /// A checkpoint or scales file that has scales for a part of its layers.
+    #[error(
+        "{}: layer {layer} has no {what} scale, {missing} such scales are missing in all, but others are there; \
+         1.0 in their place must be asked for", path.display()
+    )]
+    MissingScales {
+        /// The file, or the index of the files.
+        path: PathBuf,
+        /// The first layer concerned.
+        layer: usize,
+        /// "K" or "V".
+        what: &'static str,
+        /// How many scales of K and V are missing in all layers.
+        missing: usize,
+    },
+
     /// Dynamic scales are missing where the cache needs them, or given where it has none.
     #[error("{what}: {reason}")]
     DynamicScales {

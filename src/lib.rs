@@ -25,6 +25,7 @@
 //! * [`PagedKvCache`] owns the memory of all layers for engines that would rather not.
 //! * [`blocks`] keeps the books: which block belongs to which sequence, what is shared, what to copy.
 //! * [`raw`] is the same over pointers, unsafe.
+//! * `checkpoint` (feature `checkpoint`) reads scales from the checkpoints of calibration tools.
 //! * `decoder` (feature `decoder`) is a reference decoder that uses all of it.
 //!
 //! The folder `examples` has short programs, numbered, for all of this.
@@ -50,7 +51,7 @@ pub mod args;
 pub mod backend;
 pub mod blocks;
 pub mod cache;
-#[cfg(feature = "decoder")]
+#[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 pub mod codec;
 pub mod cpu;
@@ -62,6 +63,8 @@ pub mod error;
 pub mod faults;
 pub mod format;
 pub mod isa;
+#[cfg(feature = "checkpoint")]
+mod json;
 pub mod layout;
 pub mod memory;
 pub mod raw;

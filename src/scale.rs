@@ -14,12 +14,16 @@
 //!   row's own absmax; they live beside the blocks ([`crate::layout::CacheShape`]).
 //!
 //! A scale must be finite and greater than zero. [`StaticScale`] is checked when made, so every
-//! holder of one may rely on that.
+//! holder of one may rely on that. [`Scales`] are those of a whole model.
+
+mod model;
 
 use crate::error::{Error, Result};
 use crate::format::KvFormat;
 use crate::layout::{CacheSpec, Half};
 use crate::memory::Memory;
+
+pub use model::{Scales, kv_heads_of_rank};
 
 /// How many values share one static scale.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

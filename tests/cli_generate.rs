@@ -53,10 +53,11 @@ fn json_has_the_documented_fields() {
         "blocks_swapped_out",
         "blocks_swapped_in",
     ];
-    assert_eq!(keys(cache), [&counts[..], &["k_scale", "v_scale", "scales"]].concat());
+    assert_eq!(keys(cache), [&counts[..], &["k_scale", "v_scale", "scales", "scales_origin"]].concat());
     assert!(counts.iter().all(|name| cache[*name].is_u64()));
     assert_eq!((cache["bytes_per_token"].as_u64(), cache["bytes_per_token_auto"].as_u64()), (Some(1024), Some(2048)));
     assert_eq!(cache["k_scale"], serde_json::json!([[1.0], [1.0], [1.0], [1.0]]));
+    assert!(cache["scales_origin"].is_null());
     let timing = &object["timing"];
     assert_eq!(keys(timing), ["prefill_tokens", "prefill_seconds", "decode_tokens", "decode_seconds", "decode_steps"]);
     assert_eq!(timing["prefill_tokens"], 35);
@@ -96,6 +97,12 @@ fn golden_tokens_in_every_kv_mode() {
         if mode == "e4m3_cal" {
             assert_eq!(object["kv_cache"]["k_scale"], golden["k_scale"]);
             assert_eq!(object["kv_cache"]["v_scale"], golden["v_scale"]);
+            let origin = &object["kv_cache"]["scales_origin"];
+            assert_eq!(origin["tool"], "compressed-tensors");
+            assert_eq!(
+                (&origin["key_range"], &origin["statistic"]),
+                (&"post_rope".into(), &"moving_average(0.01)".into())
+            );
         }
     }
     for (prompt, case) in prompt_flags(&golden).iter().zip(golden["modes"]["e4m3_fly"].as_array().unwrap()) {
@@ -407,6 +414,42 @@ fn a_reader_that_leaves_is_no_panic() {
     assert!(!stderr.contains("panicked"), "{stderr}");
 }
 
+/// Two scales of ModelOpt's checkpoint renamed away.
+#[test]
+fn scales_for_some_layers_are_refused_or_completed() {
+    let dir = temp_dir("partly");
+    let source = root().join("tests/fixtures/micro/modelopt-tiny-kv");
+    fs::copy(source.join("config.json"), dir.join("config.json")).unwrap();
+    let mut bytes = fs::read(source.join("model.safetensors")).unwrap();
+    for name in ["layers.1.self_attn.k_proj.k_scale", "layers.3.self_attn.v_proj.v_scale"] {
+        let at = bytes.windows(name.len()).position(|window| window == name.as_bytes()).unwrap();
+        bytes[at + name.len() - 1] = b'x';
+    }
+    fs::write(dir.join("model.safetensors"), bytes).unwrap();
+    let model = dir.display().to_string();
+    let args = ["--model", &model, "--prompt-ids", "0,349", "--max-tokens", "2"];
+
+    let output = run(&args);
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), stderr.lines().count()), (Some(2), 1), "{stderr}");
+    for part in ["model.safetensors", "layer 1 has no K scale", "2 such scales", "--missing-kv-scales one"] {
+        assert!(stderr.contains(part), "{part}: {stderr}");
+    }
+    let (object, stderr) = json(&[&args[..], &["--missing-kv-scales", "one"]].concat());
+    let cache = &object["kv_cache"];
+    assert_eq!((&cache["k_scale"][1], &cache["v_scale"][3]), (&serde_json::json!([1.0]), &serde_json::json!([1.0])));
+    assert_ne!(cache["v_scale"][1], serde_json::json!([1.0]));
+    assert!(stderr.contains("K of layer 1 ") && stderr.contains("V of layer 3 "), "{stderr}");
+    let origin = &cache["scales_origin"];
+    assert_eq!((&origin["tool"], &origin["version"]), (&"modelopt".into(), &"0.47.0".into()));
+    assert_eq!((&origin["key_range"], &origin["statistic"]), (&"post_rope".into(), &"absmax".into()));
+    assert_eq!(
+        (&origin["shared_by_k_and_v"], &origin["tensors"]),
+        (&false.into(), &"self_attn.{k,v}_proj.{k,v}_scale".into())
+    );
+    fs::remove_dir_all(dir).unwrap();
+}
+
 #[test]
 fn help_and_version_are_on_standard_output() {
     let (help, stderr) = text(&["--help"]);
@@ -423,6 +466,7 @@ fn help_and_version_are_on_standard_output() {
         "--kv-scales",
         "--kv-scale-divisors",
         "--kv-scale-headroom",
+        "--missing-kv-scales",
         "--compare",
         "--json",
     ] {

@@ -62,6 +62,66 @@ impl Golden {
     }
 }
 
+/// OCP and FNUZ bytes of a cache, every one of them: twice the scale on one side keeps all values but
+/// those the numerics contract lists. The tables are torch's and ml_dtypes'.
+#[test]
+fn ocp_and_fnuz_codes_convert_as_stated() {
+    let golden = Golden::read();
+    let (ocp, fnuz) = (golden.decode("e4m3fn"), golden.decode("e4m3fnuz"));
+    let all: Vec<u8> = (0..=255).collect();
+
+    let mut to_fnuz = all.clone();
+    codec::e4m3_to_fnuz_slice(&mut to_fnuz);
+    for code in 0..=255u8 {
+        let converted = codec::e4m3_to_fnuz(code);
+        assert_eq!(to_fnuz[usize::from(code)], converted);
+        let (before, after) = (ocp[usize::from(code)], 2.0 * fnuz[usize::from(converted)]);
+        // `==`: -0 becomes +0, the only change there is.
+        assert!(before == after || before.is_nan() && after.is_nan(), "{code:#x}: {before} to {after}");
+        assert_eq!(before.to_bits() == after.to_bits() || before.is_nan(), code != 0x80, "{code:#x}");
+        assert_eq!(code == converted, !matches!(code, 0x80 | 0x7f | 0xff), "{code:#x}");
+    }
+
+    let mut to_ocp = all;
+    assert_eq!(codec::fnuz_to_e4m3_slice(&mut to_ocp), 2);
+    for code in 0..=255u8 {
+        let converted = codec::fnuz_to_e4m3(code);
+        assert_eq!(to_ocp[usize::from(code)], converted);
+        let (before, after) = (fnuz[usize::from(code)], ocp[usize::from(converted)] / 2.0);
+        match code {
+            0x7f => assert_eq!((before, after), (240.0, 224.0)),
+            0xff => assert_eq!((before, after), (-240.0, -224.0)),
+            0x80 => assert!(before.is_nan() && after.is_nan()),
+            _ => assert_eq!(before.to_bits(), after.to_bits(), "{code:#x}"),
+        }
+        // There and back, either way.
+        let back = codec::e4m3_to_fnuz(converted);
+        assert_eq!(back == code, !matches!(code, 0x7f | 0xff), "{code:#x}");
+        let back = codec::fnuz_to_e4m3(codec::e4m3_to_fnuz(code));
+        assert_eq!(back == code, !matches!(code, 0x80 | 0xff), "{code:#x}");
+    }
+}
+
+/// With the scale left as it is: the largest OCP values saturate, and odd multiples of 2^-10 below 2^-6
+/// have no OCP code. All else is exact.
+#[test]
+fn ocp_and_fnuz_values_under_one_scale() {
+    let golden = Golden::read();
+    let (ocp, fnuz) = (golden.decode("e4m3fn"), golden.decode("e4m3fnuz"));
+    for code in 0..=255u8 {
+        let value = ocp[usize::from(code)];
+        let got = fnuz[usize::from(e4m3fnuz::encode(e4m3::decode(code)))];
+        let want = if value.abs() > 240.0 { value.signum() * 240.0 } else { value };
+        assert!(got == want || got.is_nan() && value.is_nan(), "{code:#x}: {value} to {got}");
+
+        let value = fnuz[usize::from(code)];
+        let got = ocp[usize::from(e4m3::encode(e4m3fnuz::decode(code)))];
+        let odd = value.abs() < 2f32.powi(-6) && (value * 1024.0) % 2.0 != 0.0;
+        assert_eq!(got == value || value.is_nan(), !odd, "{code:#x}: {value} to {got}");
+        assert!((got - value).abs() <= 2f32.powi(-10) || value.is_nan());
+    }
+}
+
 /// Equal, or both NaN.
 fn same<T: Element>(a: T, b: f32) -> bool {
     let a = a.to_f32();

@@ -8,8 +8,8 @@ use std::sync::Arc;
 
 use decoder_support::fixture;
 use proptest::prelude::*;
-use quantkv::checkpoint::{kv_scales, read_scales_file};
-use quantkv::decoder::{Batch, Config, GenerationConfig, Model, WantedLogits, Weights};
+use quantkv::checkpoint::kv_scales;
+use quantkv::decoder::{Batch, Config, GenerationConfig, Model, WantedLogits};
 use quantkv::scale::LayerScales;
 use quantkv::{CpuBackend, DType, Error, KvFormat, PagedKvCache};
 use safetensors::tensor::{Dtype, TensorView};
@@ -374,88 +374,6 @@ fn sharded_checkpoints_that_lie_are_named() {
         folder.write(name, text);
         folder.refused(&[name]);
     }
-}
-
-#[test]
-fn scales_that_are_none_are_named() {
-    let source = fixture("micro/llmcompressor-tiny-f32");
-    let folder = Folder::new("scales");
-    std::fs::copy(source.join("config.json"), folder.0.join("config.json")).unwrap();
-    let name = "model.layers.2.self_attn.v_scale";
-    let read = |change: &dyn Fn(&mut Tensor)| {
-        write_changed(&folder, &source, |tensors| {
-            change(tensors.iter_mut().find(|tensor| tensor.0 == name).unwrap());
-        });
-        let (config, weights) = (Config::from_dir(&folder.0).unwrap(), Weights::open(&folder.0).unwrap());
-        kv_scales(&weights, &config)
-    };
-    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, -1.0] {
-        let error = read(&|tensor| tensor.3 = bad.to_le_bytes().to_vec()).unwrap_err();
-        assert!(matches!(error, Error::InvalidScale { .. }), "{error:?}");
-        check_message(&error, &["layer 2", name]);
-    }
-    for (shape, count) in [(vec![], 1), (vec![1], 1), (vec![2], 2), (vec![2, 1, 1], 2), (vec![1, 1, 1], 1)] {
-        for (dtype, bytes) in [
-            (Dtype::F32, 0.5f32.to_le_bytes().to_vec()),
-            (Dtype::F64, 0.5f64.to_le_bytes().to_vec()),
-            (Dtype::F16, half::f16::from_f32(0.5).to_le_bytes().to_vec()),
-            (Dtype::BF16, half::bf16::from_f32(0.5).to_le_bytes().to_vec()),
-        ] {
-            let change = |tensor: &mut Tensor| *tensor = (name.into(), dtype, shape.clone(), bytes.repeat(count));
-            let scales = read(&change).unwrap().unwrap();
-            assert_eq!(scales[2].v.values(), vec![0.5; count], "{dtype:?} {shape:?}");
-        }
-    }
-    for shape in [vec![3], vec![1, 2], vec![2, 2], vec![0], vec![1, 1, 2]] {
-        let count: usize = shape.iter().product();
-        let error = read(&|tensor| *tensor = (name.into(), Dtype::F32, shape.clone(), vec![0; count * 4])).unwrap_err();
-        check_message(&error, &["model.safetensors", name, "shape"]);
-    }
-    let error = read(&|tensor| *tensor = (name.into(), Dtype::U8, vec![1], vec![1])).unwrap_err();
-    check_message(&error, &[name, "U8"]);
-    // Renamed away: the other seven say there are scales.
-    let error = read(&|tensor| tensor.0 = "elsewhere".into()).unwrap_err();
-    check_message(&error, &["layer 2", name]);
-    // Scales of another scheme are not scales of FP8 codes.
-    let text = std::fs::read_to_string(source.join("config.json")).unwrap();
-    folder.write("config.json", text.replace("\"type\": \"float\"", "\"type\": \"int\""));
-    let error = read(&|_| {}).unwrap_err();
-    check_message(&error, &["config.json", "kv_cache_scheme", "int"]);
-}
-
-#[test]
-fn scales_files_are_checked() {
-    let folder = Folder::of_model("scales-file");
-    let config = Config::from_dir(&folder.0).unwrap();
-    let path = folder.0.join("kv_cache_scales.json");
-    let read = |text: &str| {
-        std::fs::write(&path, text).unwrap();
-        read_scales_file(&path, &config)
-    };
-    let of = |dtype: &str, layers: &str| {
-        format!(r#"{{"model_type":"llama","kv_cache":{{"dtype":"{dtype}","scaling_factor":{{"0":{layers}}}}}}}"#)
-    };
-    let scales = read(&of("float8_e4m3fn", r#"{"0": 0.5, "1": 2}"#)).unwrap();
-    assert_eq!(scales.iter().map(|s| (s.k.values()[0], s.v.values()[0])).collect::<Vec<_>>(), [(0.5, 0.5), (2.0, 2.0)]);
-    let good = of("float8_e4m3fn", r#"{"0": 0.5, "1": 2}"#);
-    for (text, part) in [
-        (good.replace("llama", "qwen2"), "model_type"),
-        (good.replace("float8_e4m3fn", "int8"), "int8"),
-        (good.replace("kv_cache", "cache"), "kv_cache is missing"),
-        (good.replace("scaling_factor", "scales"), "scaling_factor is missing"),
-        (good.replace(r#""0":{"#, r#""1":{}, "0":{"#), "2 ranks"),
-        (of("float8_e4m3fn", r#"{"0": 0.5}"#), "scaling_factor.0.1 is missing"),
-        (of("float8_e4m3fn", r#"{"0": 0.5, "1": 1, "2": 1}"#), "3 layers"),
-        (of("float8_e4m3fn", r#"{"0": 0.5, "1": "x"}"#), "scaling_factor.0.1 is the string"),
-        (of("float8_e4m3fn", r#"{"0": 0.5, "1": 0}"#), "layer 1"),
-        (of("float8_e4m3fn", r#"{"0": 0.5, "1": -2.0}"#), "layer 1"),
-        (of("float8_e4m3fn", r#"{"0": 0.5, "1": 1e300}"#), "layer 1"),
-        ("nonsense".to_owned(), "not JSON"),
-    ] {
-        check_message(&read(&text).unwrap_err(), &["kv_cache_scales.json", part]);
-    }
-    std::fs::remove_file(&path).unwrap();
-    assert!(matches!(read_scales_file(&path, &config), Err(Error::Io { .. })));
 }
 
 #[test]

@@ -188,7 +188,7 @@ fn check_cases<B: Backend>(backend: Arc<B>) {
     for case in cases() {
         let blocks = case.geometry.num_blocks;
         let spec = case.geometry.shape().spec;
-        let mut cache = PagedKvCache::new(Arc::clone(&backend), spec, blocks, &[case.old.clone()]).unwrap();
+        let mut cache = PagedKvCache::new(Arc::clone(&backend), spec, blocks, std::slice::from_ref(&case.old)).unwrap();
         cache.swap_in(&host(&case), &all_pairs(blocks)).unwrap();
         let identity = Arc::clone(cache.identity());
         // In no order, one of them twice, and not block 1.
@@ -278,7 +278,7 @@ fn refuse<B: Backend>(backend: Arc<B>) {
     let case = &cases()[2];
     let spec = case.geometry.shape().spec;
     let blocks = case.geometry.num_blocks;
-    let mut cache = PagedKvCache::new(backend, spec, blocks, &[case.old.clone()]).unwrap();
+    let mut cache = PagedKvCache::new(backend, spec, blocks, std::slice::from_ref(&case.old)).unwrap();
     cache.swap_in(&host(case), &all_pairs(blocks)).unwrap();
     let three = LayerScales { k: StaticScale::per_head("k", vec![1.0; 3]).unwrap(), v: case.new.v.clone() };
     let outside = blocks as u32;

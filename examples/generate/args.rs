@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser};
 use quantkv::DType;
+use quantkv::checkpoint::MissingScales;
 use quantkv::decoder::kv_scales::Divisors;
 
 use crate::scales::{KvScalesFlag, divisors, headroom, kv_scales};
@@ -122,6 +123,9 @@ pub struct Args {
     /// How far above the largest value seen --kv-scales running stays [default: 1.25]
     #[arg(long, value_name = "FACTOR", value_parser = headroom, allow_negative_numbers = true)]
     pub kv_scale_headroom: Option<f32>,
+    /// What to do where the checkpoint or file has scales for some layers only: stop, or take 1.0 for the rest
+    #[arg(long, value_name = "WHAT", default_value = "error")]
+    pub missing_kv_scales: MissingKvScales,
 
     /// Where to run: cpu, cuda (the first device) or cuda:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
@@ -171,6 +175,22 @@ pub struct Args {
     /// Run the prompts under auto, fp8_e4m3 and fp8_e5m2 and print them side by side
     #[arg(long)]
     pub compare: bool,
+}
+
+/// `--missing-kv-scales`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum MissingKvScales {
+    Error,
+    One,
+}
+
+impl From<MissingKvScales> for MissingScales {
+    fn from(given: MissingKvScales) -> Self {
+        match given {
+            MissingKvScales::Error => MissingScales::Error,
+            MissingKvScales::One => MissingScales::One,
+        }
+    }
 }
 
 /// `--device`.

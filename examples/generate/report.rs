@@ -1,5 +1,6 @@
 //! What a run did, and the same as JSON.
 
+use quantkv::checkpoint::Origin;
 use quantkv::decoder::engine::{LastStep, Output, Stats};
 use quantkv::decoder::{Compute, Engine};
 use quantkv::{Element, KvCacheDtype, KvFormat};
@@ -26,6 +27,7 @@ pub struct RunReport {
     k_scale: Vec<Vec<f32>>,
     v_scale: Vec<Vec<f32>>,
     pub scales: ScaleReport,
+    scales_origin: Option<Origin>,
 }
 
 /// Steps of decoding alone, all of them with as many sequences.
@@ -111,6 +113,7 @@ impl RunReport {
             k_scale: scales.iter().map(|s| s.k.values().to_vec()).collect(),
             v_scale: scales.iter().map(|s| s.v.values().to_vec()).collect(),
             scales: ScaleReport::new(plan, &scales),
+            scales_origin: plan.scales.origin.clone(),
         })
     }
 
@@ -159,6 +162,7 @@ impl RunReport {
             "k_scale": self.k_scale,
             "v_scale": self.v_scale,
             "scales": self.scales.json(self),
+            "scales_origin": self.scales_origin.as_ref().map(origin_json),
         })
     }
 
@@ -171,6 +175,18 @@ impl RunReport {
             "decode_steps": self.decode_steps.as_ref().map(DecodeSteps::json),
         })
     }
+}
+
+/// Where scales come from, as far as their files say.
+fn origin_json(origin: &Origin) -> Value {
+    json!({
+        "tool": origin.tool.name(),
+        "version": origin.version,
+        "key_range": origin.key_range.name(),
+        "statistic": origin.statistic.to_string(),
+        "shared_by_k_and_v": origin.shared,
+        "tensors": origin.naming.map(|naming| naming.pattern()),
+    })
 }
 
 /// The object of `--json`.

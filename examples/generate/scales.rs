@@ -101,7 +101,8 @@ pub fn options(args: &Args) -> Result<ScaleOptions<'_>, Failure> {
         (None, _) if args.calculate_kv_scales => ScaleSource::FirstBatch,
         (None | Some(Source::Checkpoint), _) => ScaleSource::Checkpoint,
     };
-    let mut options = ScaleOptions { granularity: flag.granularity, ..source.into() };
+    let missing = args.missing_kv_scales.into();
+    let mut options = ScaleOptions { granularity: flag.granularity, missing, ..source.into() };
     if let Some(divisors) = args.kv_scale_divisors {
         options.divisors = divisors;
     }

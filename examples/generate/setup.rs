@@ -236,7 +236,7 @@ impl<B: Compute<A> + Machine, A: Element> Session<B, A> {
         let format = dtype.resolve(model.dtype());
         let options = scales::options(args)?;
         let scale_source = options.source.name();
-        let mut scales = resolve(model.config(), model.weights(), format, options)?;
+        let mut scales = resolve(model.config(), model.weights(), format, options).map_err(explain_scales)?;
         if args.random_weights.is_some() {
             // There is no checkpoint to have scales, and no sense to lose.
             scales.warnings.clear();
@@ -293,6 +293,16 @@ impl<B: Compute<A> + Machine, A: Element> Session<B, A> {
 /// Whether prompts are given as tokens.
 fn has_ids(args: &Args) -> bool {
     !args.prompt_ids.is_empty() || args.prompt_length.is_some()
+}
+
+/// What the user can do about scales that were refused.
+fn explain_scales(error: quantkv::Error) -> Failure {
+    let advice = match &error {
+        quantkv::Error::MissingScales { .. } => " (see --missing-kv-scales one)",
+        quantkv::Error::InvalidScale { .. } => " (see --calculate-kv-scales, --scales-file)",
+        _ => "",
+    };
+    Failure::User(format!("{error}{advice}"))
 }
 
 /// What the user can do about a request that was refused.

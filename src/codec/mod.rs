@@ -17,12 +17,14 @@ pub mod e4m3fnuz;
 pub mod e5m2;
 #[cfg(feature = "float8")]
 mod float8;
+mod fnuz;
 mod simd;
 mod slice;
 
 pub use e4m3::E4M3;
 pub use e4m3fnuz::E4M3Fnuz;
 pub use e5m2::E5M2;
+pub use fnuz::{e4m3_to_fnuz, e4m3_to_fnuz_slice, fnuz_to_e4m3, fnuz_to_e4m3_slice};
 pub use fp8::Fp8;
 pub use slice::{ScaleRow, absmax_scaled_slice, absmax_slice, decode_slice, encode_slice};
 pub(crate) use slice::{as_bytes, as_bytes_mut};

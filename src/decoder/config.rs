@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::json::{Object, kind, read_object};
 use super::rope::RopeConfig;
+use crate::checkpoint::{MAX_HEADS, MAX_LAYERS, MAX_WIDTH};
 use crate::error::Result;
 use crate::format::DType;
 use crate::layout::MAX_HEAD_DIM;
@@ -42,12 +43,9 @@ impl Architecture {
     }
 }
 
-// Limits far above any model that exists; they keep every product below 2^63 and every loop over
-// a hostile number short. Weights must exist in the files at these sizes anyway.
-const MAX_LAYERS: usize = 4096;
-const MAX_WIDTH: usize = 1 << 22;
+// Limits like those of `checkpoint`, far above any model that exists. Weights must exist in the files at
+// these sizes anyway.
 const MAX_VOCAB: usize = 1 << 26;
-const MAX_HEADS: usize = 1 << 14;
 const MAX_POSITIONS: usize = i32::MAX as usize;
 
 /// What `config.json` says.
@@ -93,27 +91,6 @@ pub struct Config {
     pub bos_token_id: Option<u32>,
     /// Tokens that end a sequence; `generation_config.json` overrides them.
     pub eos_token_ids: Vec<u32>,
-    /// The KV cache scheme of the checkpoint's `quantization_config`, if it has one.
-    pub kv_cache_scheme: Option<KvCacheScheme>,
-}
-
-/// `quantization_config.kv_cache_scheme`: what the checkpoint's KV scales are made for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct KvCacheScheme {
-    /// `type`: `float` or `int`.
-    pub kind: Option<String>,
-    /// `num_bits`.
-    pub num_bits: Option<usize>,
-    /// `dynamic`: scales are computed at run time and not stored.
-    pub dynamic: bool,
-}
-
-impl KvCacheScheme {
-    /// Whether static scales of this scheme are scales of FP8 E4M3 codes, as `float` with 8 bits
-    /// means in compressed-tensors and ModelOpt.
-    pub fn is_fp8_e4m3(&self) -> bool {
-        self.kind.as_deref().is_none_or(|kind| kind == "float") && self.num_bits.is_none_or(|bits| bits == 8)
-    }
 }
 
 impl Config {
@@ -173,7 +150,7 @@ impl Config {
 
 fn parse(root: &Object<'_>) -> Result<Config> {
     let architecture = parse_architecture(root)?;
-    let kv_cache_scheme = parse_quantization(root)?;
+    check_quantization(root)?;
     let hidden_act = root.str("hidden_act")?.unwrap_or("silu");
     if hidden_act != "silu" {
         return Err(root.unsupported("hidden_act", hidden_act, "silu"));
@@ -218,7 +195,6 @@ fn parse(root: &Object<'_>) -> Result<Config> {
         dtype: parse_dtype(root)?,
         bos_token_id: root.token_ids("bos_token_id")?.and_then(|ids| ids.first().copied()),
         eos_token_ids: root.token_ids("eos_token_id")?.unwrap_or_default(),
-        kv_cache_scheme,
     })
 }
 
@@ -319,14 +295,14 @@ fn parse_dtype(root: &Object<'_>) -> Result<Option<DType>> {
     }
 }
 
-/// Accepts a `quantization_config` that concerns the KV cache only, and refuses one that
-/// quantizes weights.
-fn parse_quantization(root: &Object<'_>) -> Result<Option<KvCacheScheme>> {
+/// Accepts a `quantization_config` that concerns the KV cache only (`checkpoint` reads that), and refuses
+/// one that quantizes weights.
+fn check_quantization(root: &Object<'_>) -> Result<()> {
     const SUPPORTED: &str = "unquantized weights (KV cache schemes of compressed-tensors and modelopt are read)";
-    let Some(map) = root.object("quantization_config")? else { return Ok(None) };
+    let Some(map) = root.object("quantization_config")? else { return Ok(()) };
     let config = Object { path: root.path, prefix: "quantization_config.", map };
     match config.str("quant_method")? {
-        _ if map.is_empty() => return Ok(None),
+        _ if map.is_empty() => return Ok(()),
         Some("compressed-tensors" | "modelopt") => {}
         Some(other) => return Err(config.unsupported("quant_method", other, SUPPORTED)),
         None => return Err(config.invalid("quant_method", "is missing")),
@@ -346,17 +322,7 @@ fn parse_quantization(root: &Object<'_>) -> Result<Option<KvCacheScheme>> {
             }
         }
     }
-    let Some(scheme) = config.get("kv_cache_scheme") else { return Ok(None) };
-    let Value::Object(map) = scheme else {
-        // ModelOpt writes a string for algorithms other than FP8, AutoFP8 writes "static".
-        let name = scheme.as_str().map_or_else(|| kind(scheme), str::to_owned);
-        return Ok(Some(KvCacheScheme { kind: Some(name), num_bits: None, dynamic: false }));
-    };
-    let scheme = Object { path: root.path, prefix: "quantization_config.kv_cache_scheme.", map };
-    // compressed-tensors also spells `dynamic` as a string ("local"); anything but false is dynamic.
-    let dynamic = !matches!(scheme.get("dynamic"), None | Some(Value::Bool(false)));
-    let num_bits = scheme.usize("num_bits", 1..=64)?;
-    Ok(Some(KvCacheScheme { kind: scheme.str("type")?.map(str::to_owned), num_bits, dynamic }))
+    Ok(())
 }
 
 /// What `generation_config.json` says; everything is optional.

@@ -4,7 +4,7 @@
 //! format      source        scales
 //! auto        any           1.0, unused; a hint if the checkpoint carries some
 //! e4m3        checkpoint    the checkpoint's, else 1.0 and a warning
-//! e4m3        file          one scale a layer, for K and V
+//! e4m3        file          one scale a layer (or head, if made for several ranks), for K and V
 //! e5m2        the same      1.0: scales are made for e4m3; a warning if there were some
 //! any fp8     first batch   K/200, V/100 of the first forward pass; 1.0 until then
 //! any fp8     running       follow the largest values of the first tokens (`warm_up.rs`); then frozen
@@ -30,7 +30,7 @@ use std::path::Path;
 use super::config::Config;
 use super::warm_up::RunningScales;
 use super::weights::Weights;
-use crate::checkpoint;
+use crate::checkpoint::{self, CheckpointScales, MissingScales, Origin, ReadOptions};
 use crate::error::{Error, Result};
 use crate::format::KvFormat;
 use crate::layout::{CacheSpec, DynamicScales};
@@ -107,12 +107,14 @@ pub struct ScaleOptions<'a> {
     pub divisors: Divisors,
     /// For [`ScaleSource::Running`].
     pub running: RunningScales,
+    /// What to do where a checkpoint or file has scales for some layers only.
+    pub missing: MissingScales,
 }
 
 impl<'a> From<ScaleSource<'a>> for ScaleOptions<'a> {
     fn from(source: ScaleSource<'a>) -> Self {
         let (divisors, running) = (Divisors::default(), RunningScales::default());
-        ScaleOptions { source, granularity: None, divisors, running }
+        ScaleOptions { source, granularity: None, divisors, running, missing: MissingScales::default() }
     }
 }
 
@@ -134,6 +136,8 @@ pub struct KvScales {
     pub on_the_fly: Option<OnTheFly>,
     /// Whether every (token, head) has a scale of its own beside them.
     pub dynamic: DynamicScales,
+    /// Where they come from, if from a checkpoint or a file.
+    pub origin: Option<Origin>,
     /// One line each, for the user.
     pub warnings: Vec<String>,
 }
@@ -154,7 +158,7 @@ impl KvScales {
 /// Decides the scales of a cache in `format` for the model of `config` and `weights`.
 ///
 /// # Errors
-/// What [`checkpoint::kv_scales`] and [`checkpoint::read_scales_file`] refuse, if they are asked;
+/// What [`checkpoint::scales_in`] and [`checkpoint::read_scales_file`] refuse, if they are asked;
 /// [`Divisors::validate`]; [`RunningScales::validate`].
 pub fn resolve<'a>(
     config: &Config,
@@ -162,13 +166,19 @@ pub fn resolve<'a>(
     format: KvFormat,
     options: impl Into<ScaleOptions<'a>>,
 ) -> Result<KvScales> {
-    let ScaleOptions { source, granularity, divisors, running } = options.into();
+    let ScaleOptions { source, granularity, divisors, running, missing } = options.into();
     divisors.validate()?;
     running.validate()?;
-    let ones = vec![LayerScales::one(); config.num_layers];
-    let mut scales = KvScales { layers: ones, on_the_fly: None, dynamic: DynamicScales::Off, warnings: Vec::new() };
+    let mut scales = KvScales {
+        layers: vec![LayerScales::one(); config.num_layers],
+        on_the_fly: None,
+        dynamic: DynamicScales::Off,
+        origin: None,
+        warnings: Vec::new(),
+    };
+    let options = ReadOptions { missing, shard: None };
     let mut warn = |text: String| scales.warnings.push(text);
-    let carried = weights.names().filter(|name| is_kv_scale(name)).min();
+    let carried = weights.names().filter(|name| checkpoint::names_a_kv_scale(name)).min();
     match (source, format, carried) {
         (ScaleSource::Checkpoint, format, Some(_)) if !format.is_quantized() => warn(format!(
             "the checkpoint carries KV scales; they are for an fp8 cache, an unquantized one ({format}) does not use them"
@@ -187,16 +197,15 @@ pub fn resolve<'a>(
         (ScaleSource::File(_), KvFormat::Fp8E5M2, _) => {
             warn("a scales file is made for fp8_e4m3; fp8_e5m2 ignores it and uses 1.0".into());
         }
-        (ScaleSource::File(path), ..) => scales.layers = checkpoint::read_scales_file(path, config)?,
-        (ScaleSource::Checkpoint, _, carried) => match (checkpoint::kv_scales(weights, config)?, carried) {
-            (Some(layers), _) => scales.layers = layers,
-            (None, Some(name)) => warn(format!(
-                "the checkpoint's KV scales ({name}) are not among those this version reads; {format} uses 1.0"
-            )),
-            (None, None) => warn(format!(
-                "the checkpoint carries no KV scales; {format} uses 1.0 and cuts what lies beyond ±{}",
-                format.max_finite()
-            )),
+        (ScaleSource::File(path), ..) => {
+            scales.take(checkpoint::read_scales_file(path, &config.into(), &options)?);
+        }
+        (ScaleSource::Checkpoint, ..) => match checkpoint::scales_in(weights, &config.into(), &options)? {
+            Some(found) => scales.take(found),
+            None => {
+                let (why, most) = (checkpoint::why_none(weights)?, format.max_finite());
+                warn(format!("{why}; {format} uses 1.0 and cuts what lies beyond ±{most}"));
+            }
         },
     }
     let from_elsewhere = scales.on_the_fly.is_none() && scales.dynamic == DynamicScales::Off;
@@ -241,18 +250,10 @@ impl KvScales {
         }
         Ok(())
     }
-}
 
-/// The names calibration tools give to scales of keys and values.
-fn is_kv_scale(name: &str) -> bool {
-    const ENDS: [&str; 7] = [
-        ".k_scale",
-        ".v_scale",
-        ".kv_scale",
-        ".k_proj.k_scale",
-        ".v_proj.v_scale",
-        ".k_proj.output_scale",
-        ".v_proj.output_scale",
-    ];
-    name.contains(".self_attn.") && ENDS.iter().any(|end| name.ends_with(end))
+    fn take(&mut self, found: CheckpointScales) {
+        self.layers = found.scales.into_layers();
+        self.origin = Some(found.origin);
+        self.warnings.extend(found.warnings);
+    }
 }

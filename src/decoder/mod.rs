@@ -33,7 +33,6 @@ mod cpu_ops;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod engine;
-pub(crate) mod json;
 pub mod known;
 pub mod kv_scales;
 mod loader;
@@ -48,7 +47,9 @@ mod strftime;
 mod text;
 pub mod tokenizer;
 pub mod warm_up;
-pub mod weights;
+
+pub use crate::checkpoint::weights;
+pub(crate) use crate::json;
 
 pub use batch::{Batch, WantedLogits};
 pub use compute::Compute;

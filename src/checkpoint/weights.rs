@@ -18,9 +18,12 @@ use memmap2::Mmap;
 use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 
-use super::json::{read_limited, shorten};
+use crate::codec::{e4m3, e5m2};
 use crate::error::{Error, Result};
-use crate::format::{DType, Element, Pod};
+#[cfg(feature = "decoder")]
+use crate::format::Pod;
+use crate::format::{DType, Element};
+use crate::json::{read_limited, shorten};
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors are little-endian and are used where they lie");
@@ -102,6 +105,7 @@ impl HostTensor {
     }
 
     /// The elements copied to aligned memory.
+    #[cfg(feature = "decoder")]
     pub(crate) fn copy_aligned<T: Element + Pod>(&self) -> Vec<T> {
         self.to_f32().into_iter().map(T::from_f32).collect()
     }
@@ -127,6 +131,7 @@ pub struct Weights {
 
 impl Weights {
     /// The tensors of a model that has no checkpoint.
+    #[cfg(feature = "decoder")]
     pub(crate) fn none() -> Weights {
         Weights { root: PathBuf::from("(no checkpoint)"), entries: HashMap::new(), mapped_bytes: 0 }
     }
@@ -140,10 +145,19 @@ impl Weights {
     /// # Errors
     /// [`Error::Io`]; [`Error::InvalidFile`] naming the file and what is wrong in it.
     pub fn open(dir: &Path) -> Result<Weights> {
+        Weights::open_reading(dir, ReadAhead::Yes)
+    }
+
+    /// [`Weights::open`] for a few small tensors: nothing is read ahead.
+    pub(crate) fn open_for_a_few(dir: &Path) -> Result<Weights> {
+        Weights::open_reading(dir, ReadAhead::No)
+    }
+
+    fn open_reading(dir: &Path, ahead: ReadAhead) -> Result<Weights> {
         let single = dir.join(SINGLE);
         if single.exists() {
             let mut weights = Weights { root: single.clone(), entries: HashMap::new(), mapped_bytes: 0 };
-            weights.add_file(&single, |_| true)?;
+            weights.add_file(&single, ahead, |_| true)?;
             return Ok(weights);
         }
         let index = dir.join(INDEX);
@@ -151,10 +165,10 @@ impl Weights {
             let reason = format!("holds neither {SINGLE} nor {INDEX}");
             return Err(Error::InvalidFile { path: dir.to_owned(), reason });
         }
-        Weights::open_sharded(dir, index)
+        Weights::open_sharded(dir, index, ahead)
     }
 
-    fn open_sharded(dir: &Path, index: PathBuf) -> Result<Weights> {
+    fn open_sharded(dir: &Path, index: PathBuf, ahead: ReadAhead) -> Result<Weights> {
         let weight_map = read_index(&index)?;
         let mut shards: Vec<&str> = weight_map.values().map(String::as_str).collect();
         shards.sort_unstable();
@@ -167,7 +181,8 @@ impl Weights {
                 return Err(Error::InvalidFile { path: index, reason });
             }
             // A tensor counts only in the shard the index names for it.
-            weights.add_file(&dir.join(shard), |tensor| weight_map.get(tensor).is_some_and(|file| file == shard))?;
+            weights
+                .add_file(&dir.join(shard), ahead, |tensor| weight_map.get(tensor).is_some_and(|file| file == shard))?;
         }
         match weight_map.iter().find(|(tensor, _)| !weights.entries.contains_key(*tensor)) {
             Some((tensor, shard)) => {
@@ -178,8 +193,8 @@ impl Weights {
         }
     }
 
-    fn add_file(&mut self, path: &Path, wanted: impl Fn(&str) -> bool) -> Result<()> {
-        let file = Arc::new(map_file(path)?);
+    fn add_file(&mut self, path: &Path, ahead: ReadAhead, wanted: impl Fn(&str) -> bool) -> Result<()> {
+        let file = Arc::new(map_file(path, ahead)?);
         let (data_start, metadata) = read_header(&file)?;
         self.mapped_bytes = self.mapped_bytes.saturating_add(file.map.len());
         for (name, info) in metadata.tensors() {
@@ -232,30 +247,35 @@ impl Weights {
         Ok(tensor)
     }
 
-    /// Shape and values of a small tensor of any float type that plain Rust has or `half` adds;
-    /// at most `limit` values.
+    /// Shape and values of a small tensor of any float type; at most `limit` values.
     ///
     /// # Errors
-    /// As [`Weights::tensor`], and [`Error::InvalidFile`] for an empty tensor or more values.
+    /// [`Error::InvalidFile`] if it is missing, empty or has more values; [`Error::UnsupportedModel`] for a
+    /// type that is no float's.
     pub(crate) fn floats(&self, name: &str, limit: usize) -> Result<(Vec<usize>, Vec<f32>)> {
-        let double = self.entries.get(name).filter(|entry| entry.dtype == Dtype::F64);
-        let (path, shape) = match double {
-            Some(entry) => (entry.file.path.clone(), entry.shape.clone()),
-            None => self.tensor(name).map(|tensor| (tensor.file.path.clone(), tensor.shape))?,
-        };
+        let Some(entry) = self.entries.get(name) else { return self.tensor(name).map(|_| Default::default()) };
+        let shape = entry.shape.clone();
         let count = shape.iter().product::<usize>();
         if !(1..=limit).contains(&count) {
             let reason = format!("tensor {name:?} has shape {shape:?}, expected 1 to {limit} values");
-            return Err(Error::InvalidFile { path, reason });
+            return Err(Error::InvalidFile { path: entry.file.path.clone(), reason });
         }
-        let values = match double {
-            Some(entry) => entry.file.map[entry.offset..entry.offset + count * 8]
-                .chunks_exact(8)
-                .map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32)
-                .collect(),
-            None => self.tensor(name)?.to_f32(),
+        let bytes = |size: usize| &entry.file.map[entry.offset..entry.offset + count * size];
+        let values = match entry.dtype {
+            Dtype::F8_E4M3 => bytes(1).iter().map(|code| e4m3::decode(*code)).collect(),
+            Dtype::F8_E5M2 => bytes(1).iter().map(|code| e5m2::decode(*code)).collect(),
+            Dtype::F64 => {
+                let doubles = bytes(8).chunks_exact(8);
+                doubles.map(|b| f64::from_le_bytes([b[0], b[1], b[2], b[3], b[4], b[5], b[6], b[7]]) as f32).collect()
+            }
+            _ => self.tensor(name)?.to_f32(),
         };
         Ok((shape, values))
+    }
+
+    /// The file a tensor lies in; [`Weights::path`] if there is none of this name.
+    pub(crate) fn path_of(&self, name: &str) -> &Path {
+        self.entries.get(name).map_or(&self.root, |entry| &entry.file.path)
     }
 
     /// Whether there is a tensor of this name.
@@ -279,7 +299,14 @@ impl Weights {
     }
 }
 
-fn map_file(path: &Path) -> Result<MappedFile> {
+/// Whether all of a file will be wanted soon.
+#[derive(Clone, Copy, PartialEq)]
+enum ReadAhead {
+    Yes,
+    No,
+}
+
+fn map_file(path: &Path, ahead: ReadAhead) -> Result<MappedFile> {
     let io = |source| Error::Io { path: path.to_owned(), source };
     let file = File::open(path).map_err(io)?;
     if !file.metadata().map_err(io)?.is_file() {
@@ -290,7 +317,11 @@ fn map_file(path: &Path) -> Result<MappedFile> {
     let map = unsafe { Mmap::map(&file) }.map_err(io)?;
     // Reading ahead is only a hint; a system that refuses it reads on demand.
     #[cfg(unix)]
-    let _ = map.advise(memmap2::Advice::WillNeed);
+    if ahead == ReadAhead::Yes {
+        let _ = map.advise(memmap2::Advice::WillNeed);
+    }
+    #[cfg(not(unix))]
+    let _ = ahead;
     Ok(MappedFile { path: path.to_owned(), map })
 }
 

@@ -54,9 +54,10 @@ pub(crate) fn kind(value: &Value) -> String {
     }
 }
 
-/// The first 80 characters: values from a hostile file end up in one line of an error.
+/// The first 80 characters, none of them a control character: values from a hostile file end up in one
+/// line of an error.
 pub(crate) fn shorten(s: &str) -> String {
-    let mut chars = s.chars();
+    let mut chars = s.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c });
     let mut short: String = chars.by_ref().take(80).collect();
     if chars.next().is_some() {
         short.push('…');
@@ -138,6 +139,7 @@ impl<'a> Object<'a> {
         }
     }
 
+    #[cfg(feature = "decoder")]
     pub fn array(&self, field: &str) -> Result<Option<&'a [Value]>> {
         match self.get(field) {
             None => Ok(None),
@@ -155,6 +157,7 @@ impl<'a> Object<'a> {
     }
 
     /// Token ids: one, a list, or none. Negative ids (some files write -1 for "none") are dropped.
+    #[cfg(feature = "decoder")]
     pub fn token_ids(&self, field: &str) -> Result<Option<Vec<u32>>> {
         let Some(value) = self.get(field) else { return Ok(None) };
         let one = |value: &Value| match value.as_i64() {
