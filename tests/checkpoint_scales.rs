@@ -202,7 +202,7 @@ fn every_float_type_and_shape_is_read() {
         (Dtype::F16, 279u16.to_le_bytes().to_vec(), 279.0 * 2f32.powi(-24)),
         (Dtype::BF16, bf16::from_f32(0.5).to_le_bytes().to_vec(), 0.5),
         (Dtype::F32, 0.5f32.to_le_bytes().to_vec(), 0.5),
-        (Dtype::F32, 1u32.to_le_bytes().to_vec(), 2f32.powi(-149)),
+        (Dtype::F32, 1u32.to_le_bytes().to_vec(), f32::from_bits(1)),
         (Dtype::F64, 0.1f64.to_le_bytes().to_vec(), 0.1),
         (Dtype::F8_E4M3, vec![0x38], 1.0),
         (Dtype::F8_E5M2, vec![0x38], 0.5),

@@ -42,10 +42,13 @@ impl Folder {
             let own = || std::env::temp_dir().join(format!("quantkv-fuzz-{}", std::process::id()));
             let dir = std::env::var_os("QUANTKV_FUZZ_DIR").map_or_else(own, PathBuf::from);
             std::fs::create_dir_all(&dir).expect("a folder to work in");
-            let names = (0..LAYERS).flat_map(|l| ["k", "v"].map(|half| format!("model.layers.{l}.self_attn.{half}_scale")));
+            let names =
+                (0..LAYERS).flat_map(|l| ["k", "v"].map(|half| format!("model.layers.{l}.self_attn.{half}_scale")));
             let entries: Vec<String> = names
                 .enumerate()
-                .map(|(i, name)| format!(r#""{name}":{{"dtype":"F32","shape":[1],"data_offsets":[{},{}]}}"#, 4 * i, 4 * i + 4))
+                .map(|(i, name)| {
+                    format!(r#""{name}":{{"dtype":"F32","shape":[1],"data_offsets":[{},{}]}}"#, 4 * i, 4 * i + 4)
+                })
                 .collect();
             let good = with_body(format!("{{{}}}", entries.join(",")).as_bytes(), 8 * LAYERS);
             Folder { dir, good }
@@ -92,7 +95,7 @@ fn checked(result: Result<Option<CheckpointScales>>) -> Option<Option<Checkpoint
             None
         }
         Ok(found) => {
-            for found in &found {
+            if let Some(found) = &found {
                 found.warnings.iter().for_each(|warning| one_line(warning));
                 for pair in found.scales.layers() {
                     let values = pair.k.values().iter().chain(pair.v.values());
@@ -132,13 +135,8 @@ fuzz_target!(|data: &[u8]| {
         1 => folder.write("hf_quant_config.json", payload),
         2 => {
             folder.write("kv_cache_scales.json", payload);
-            let shape = ModelShape {
-                model_type: None,
-                num_layers: LAYERS,
-                num_heads: 8,
-                num_kv_heads: 2,
-                head_dim: Some(16),
-            };
+            let shape =
+                ModelShape { model_type: None, num_layers: LAYERS, num_heads: 8, num_kv_heads: 2, head_dim: Some(16) };
             for (missing, shard) in [(MissingScales::Error, None), (MissingScales::One, Some((1, 2)))] {
                 let options = ReadOptions { missing, shard };
                 checked(read_scales_file(&folder.dir.join("kv_cache_scales.json"), &shape, &options).map(Some));
