@@ -25,6 +25,7 @@
 //! * [`PagedKvCache`] owns the memory of all layers for engines that would rather not.
 //! * [`blocks`] keeps the books: which block belongs to which sequence, what is shared, what to copy.
 //! * [`raw`] is the same over pointers, unsafe.
+//! * `calibrate` (feature `decoder`) makes scales from data, and `checkpoint` reads and writes them.
 //! * `decoder` (feature `decoder`) is a reference decoder that uses all of it.
 //!
 //! The folder `examples` has short programs, numbered, for all of this.

@@ -31,7 +31,7 @@ pub struct Args {
     pub jsonl: Option<PathBuf>,
 
     /// Render the messages of --jsonl with the model's chat template
-    #[arg(long, requires = "jsonl")]
+    #[arg(long, conflicts_with_all = ["text", "ids_file"])]
     pub chat: bool,
 
     /// JSON file with a list of lists of token ids, each a sample

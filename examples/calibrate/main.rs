@@ -66,7 +66,7 @@ impl Job for Calibrate<'_> {
 
     fn run<B: Compute<A> + Machine, A: Element>(self, backend: B) -> Result<(), Failure> {
         let Calibrate { args, config, weights, samples, interrupt } = self;
-        let device = backend.label();
+        let (device, device_description) = (backend.label(), backend.describe());
         let spinner = spinner("loading the model");
         let model = Model::from_parts(config, weights, Arc::new(backend));
         spinner.finish_and_clear();
@@ -79,8 +79,16 @@ impl Job for Calibrate<'_> {
             _ => None,
         };
         warn(args, &layers);
-        let report =
-            Report { args, device, activations: A::DTYPE, model_dtype: model.dtype(), calibration, layers, written };
+        let report = Report {
+            args,
+            device,
+            device_description,
+            activations: A::DTYPE,
+            model_dtype: model.dtype(),
+            calibration,
+            layers,
+            written,
+        };
         let mut out = io::stdout().lock();
         if args.json {
             writeln!(out, "{}", report.json())?

@@ -11,8 +11,9 @@ use crate::args::Args;
 
 pub struct Report<'a> {
     pub args: &'a Args,
-    /// `cpu`, `cuda:0`.
+    /// `cpu`, `cuda:0`; and in words.
     pub device: String,
+    pub device_description: String,
     pub activations: DType,
     pub model_dtype: DType,
     pub calibration: Calibration,
@@ -40,7 +41,7 @@ impl Report<'_> {
         writeln!(out)?;
         writeln!(out, "observer            {}, one scale a {}", args.observer, args.strategy.name())?;
         writeln!(out, "data                {} samples, {} tokens", calibration.samples(), calibration.tokens())?;
-        writeln!(out, "device              {}, activations in {}", self.device, self.activations)?;
+        writeln!(out, "device              {}, activations in {}", self.device_description, self.activations)?;
         match (&self.written, &args.out) {
             (Some(written), Some(out_dir)) => {
                 let count = |how| written.files.values().filter(|copied| **copied == how).count();

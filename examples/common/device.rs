@@ -61,7 +61,8 @@ impl Activations {
     }
 }
 
-/// What this program asks of a backend beside computing.
+/// What programs ask of a backend beside computing.
+#[allow(dead_code)] // each asks for its part
 pub trait Machine {
     /// `cpu`, `cuda:0`.
     fn label(&self) -> String;
