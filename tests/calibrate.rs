@@ -200,7 +200,11 @@ fn observed_rows_are_those_of_the_cache() {
     let cache = || PagedKvCache::new(Arc::new(CpuBackend::new()), spec, 1, &[(); 4].map(|()| LayerScales::one()));
     let (mut observed, mut plain) = (cache().unwrap(), cache().unwrap());
     let mut rows = Vec::new();
-    model.compute_observed(&batch, &mut observed, |seen| Ok(rows.push((seen.k.to_vec(), seen.v.to_vec())))).unwrap();
+    let keep = |seen: ObservedLayer<'_, f32>| {
+        rows.push((seen.k.to_vec(), seen.v.to_vec()));
+        Ok(())
+    };
+    model.compute_observed(&batch, &mut observed, keep).unwrap();
     model.compute(&batch, &mut plain).unwrap();
     for (layer, (k, v)) in rows.iter().enumerate() {
         let (a, b) = (observed.layer_ref(layer).unwrap(), plain.layer_ref(layer).unwrap());

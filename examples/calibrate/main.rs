@@ -173,7 +173,7 @@ fn bar(tokens: usize) -> ProgressBar {
     if !io::stderr().is_terminal() {
         return ProgressBar::hidden();
     }
-    let style = ProgressStyle::with_template("calibrating {bar:40} {pos}/{len} tokens, {per_sec}, {eta} left");
+    let style = ProgressStyle::with_template("calibrating {bar:40} {pos}/{len} tokens, {eta} left");
     ProgressBar::new(tokens as u64).with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
 }
 

@@ -25,9 +25,16 @@
 //! | `mse` | what minimises the squared round-trip error | experiments; gains little on a floating-point format |
 //! | `percentile=P` | P % of the values | data with outliers that are known to be garbage |
 //!
-//! Strategies: `tensor` is what every reader takes, `head` helps where heads differ in range by more than
-//! E4M3's 2^15 (rare) and is read by vLLM with some attention backends, `channel` is this crate's own
-//! extension and is read by nothing else.
+//! Strategies: `tensor` is what every reader takes. `head` helps where heads differ in range by a factor of
+//! hundreds, so that the small ones would fall among E4M3's subnormals; vLLM reads it with some attention
+//! backends. `channel` is this crate's own extension, and is read by nothing else.
+//!
+//! # LLM Compressor's scales
+//!
+//! [`Observer::LlmCompressor`] computes as the tool does, in the model's dtype, and gives its scales to the bit
+//! when it is shown the same samples. What a whole run gives depends on the activations too: the tool's are of
+//! the model's dtype, those of the CPU backend here f32. For an f32 model the scales then agree to f32's
+//! rounding; for a bf16 one half are equal and the rest differ by a step of bf16 or two.
 
 mod group;
 mod histogram;

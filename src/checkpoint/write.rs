@@ -73,7 +73,13 @@ pub fn check_checkpoint(model: &Path, out: &Path) -> Result<()> {
     refuse_scales(&Weights::open(model)?)
 }
 
-/// Writes the checkpoint; `None` if `progress`, asked between files and every few megabytes of a copy, ended
+/// Writes the checkpoint as LLM Compressor lays one out: the model's weights (hard links where the file
+/// system has them), scales in f32 as `model.layers.N.self_attn.{k,v}_scale` of shape `[1]`, `[H, 1, 1]` or this
+/// crate's own `[H, 1, D]` in a file beside them, an index of both, and `config.json` with a
+/// `quantization_config`. The folder is made under a temporary name, forced to disk and renamed: it is whole
+/// or not there.
+///
+/// `None` if `progress`, asked between files and every few megabytes of a copy, ended
 /// it. There is no folder then.
 ///
 /// # Errors

@@ -88,7 +88,7 @@ impl<B: Compute<A>, A: Element> Network<B, A> {
         inputs: &StepInputs<B>,
         rows: usize,
         cache: &mut PagedKvCache<B>,
-        see: &mut dyn FnMut(usize, &Scratch<B, A>) -> Result<()>,
+        mut see: impl FnMut(usize, &Scratch<B, A>) -> Result<()>,
     ) -> Result<()> {
         self.begin(s, inputs, rows)?;
         for index in 0..self.layers.len() {

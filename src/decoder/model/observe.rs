@@ -51,7 +51,7 @@ impl<B: Compute<A>, A: Element> Model<B, A> {
         let (num_kv_heads, head_dim) = (network.config.num_kv_heads, network.config.head_dim);
         let len = checked_product("keys of a step", &[num_tokens, num_kv_heads, head_dim])?;
         let (mut k, mut v) = (vec![A::default(); len], vec![A::default(); len]);
-        network.step_observed(scratch, inputs, num_tokens, cache, &mut |layer, scratch| {
+        network.step_observed(scratch, inputs, num_tokens, cache, |layer, scratch| {
             backend.download(&scratch.k, &mut k)?;
             backend.download(&scratch.v, &mut v)?;
             see(ObservedLayer { layer, num_tokens, num_kv_heads, head_dim, k: &k, v: &v })
