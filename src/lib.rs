@@ -25,7 +25,8 @@
 //! * [`PagedKvCache`] owns the memory of all layers for engines that would rather not.
 //! * [`blocks`] keeps the books: which block belongs to which sequence, what is shared, what to copy.
 //! * [`raw`] is the same over pointers, unsafe.
-//! * `checkpoint` (feature `checkpoint`) reads scales from the checkpoints of calibration tools.
+//! * `checkpoint` (feature `checkpoint`) reads scales from the checkpoints of calibration tools; `calibrate`
+//!   (feature `decoder`) makes them from data, and `checkpoint` writes them.
 //! * `decoder` (feature `decoder`) is a reference decoder that uses all of it.
 //!
 //! The folder `examples` has short programs, numbered, for all of this.
@@ -51,6 +52,8 @@ pub mod args;
 pub mod backend;
 pub mod blocks;
 pub mod cache;
+#[cfg(feature = "decoder")]
+pub mod calibrate;
 #[cfg(feature = "checkpoint")]
 pub mod checkpoint;
 pub mod codec;

@@ -1,12 +1,13 @@
-//! The command line: flags, sizes, and errors as one line.
+//! The command line: flags and sizes.
 
 use std::path::PathBuf;
 
 use clap::{ArgGroup, Parser};
-use quantkv::DType;
 use quantkv::checkpoint::MissingScales;
 use quantkv::decoder::kv_scales::Divisors;
 
+use crate::common::device::DeviceArgs;
+use crate::common::program::positive;
 use crate::scales::{KvScalesFlag, divisors, headroom, kv_scales};
 
 /// Generate text with a Hugging Face model through a quantized paged KV cache.
@@ -123,21 +124,13 @@ pub struct Args {
     /// How far above the largest value seen --kv-scales running stays [default: 1.25]
     #[arg(long, value_name = "FACTOR", value_parser = headroom, allow_negative_numbers = true)]
     pub kv_scale_headroom: Option<f32>,
+
     /// What to do where the checkpoint or file has scales for some layers only: stop, or take 1.0 for the rest
     #[arg(long, value_name = "WHAT", default_value = "error")]
     pub missing_kv_scales: MissingKvScales,
 
-    /// Where to run: cpu, cuda (the first device) or cuda:N
-    #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
-    pub device: Device,
-
-    /// What activations are computed in; auto is the model's own dtype on CUDA, f32 on the CPU
-    #[arg(long, value_name = "DTYPE", default_value = "auto")]
-    pub activations: Activations,
-
-    /// Who multiplies matrices on CUDA; auto is cuBLASLt where it is installed
-    #[arg(long, value_name = "WHO", default_value = "auto", value_parser = ["auto", "cublaslt", "portable"])]
-    pub products: String,
+    #[command(flatten)]
+    pub machine: DeviceArgs,
 
     /// Do not record and replay decode steps as CUDA graphs
     #[arg(long)]
@@ -193,55 +186,6 @@ impl From<MissingKvScales> for MissingScales {
     }
 }
 
-/// `--device`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Device {
-    Cpu,
-    /// The device of this number.
-    Cuda(usize),
-}
-
-fn device(text: &str) -> Result<Device, String> {
-    let number = |text: &str| text.parse().ok();
-    match text.split_once(':') {
-        None if text == "cpu" => Some(Device::Cpu),
-        None if text == "cuda" => Some(Device::Cuda(0)),
-        Some(("cuda", ordinal)) => number(ordinal).map(Device::Cuda),
-        _ => None,
-    }
-    .ok_or_else(|| "expected cpu, cuda or cuda:N".into())
-}
-
-/// `--activations`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
-pub enum Activations {
-    Auto,
-    F32,
-    F16,
-    Bf16,
-}
-
-impl Activations {
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    pub fn dtype(self) -> Option<DType> {
-        match self {
-            Activations::Auto => None,
-            Activations::F32 => Some(DType::F32),
-            Activations::F16 => Some(DType::F16),
-            Activations::Bf16 => Some(DType::BF16),
-        }
-    }
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Activations::Auto => "auto",
-            Activations::F32 => "f32",
-            Activations::F16 => "f16",
-            Activations::Bf16 => "bf16",
-        }
-    }
-}
-
 /// Ids of one prompt. (A newtype: clap would take a `Vec` for repeated values.)
 #[derive(Clone, Debug)]
 pub struct TokenIds(pub Vec<u32>);
@@ -249,14 +193,6 @@ pub struct TokenIds(pub Vec<u32>);
 fn token_ids(text: &str) -> Result<TokenIds, String> {
     let parse = |part: &str| part.trim().parse().map_err(|_| format!("{part:?} is not a token id"));
     text.split(',').map(parse).collect::<Result<_, _>>().map(TokenIds)
-}
-
-pub fn positive(text: &str) -> Result<usize, String> {
-    match text.parse() {
-        Ok(0) => Err("it must be at least 1".into()),
-        Ok(n) => Ok(n),
-        Err(_) => Err("expected a whole number".into()),
-    }
 }
 
 /// `64MiB`, `1GiB`, `500MB`, `1.5GB`, `4096`: powers of 1024 with an i, of 1000 without.
@@ -288,19 +224,4 @@ pub fn size(text: &str) -> Result<usize, String> {
         b if b >= usize::MAX as f64 => Err("it exceeds the address space".into()),
         b => Ok(b as usize),
     }
-}
-
-/// Parses the command line. `Err` holds what to print: help and version for stdout (`Ok` inside),
-/// or one line for stderr.
-pub fn parse() -> Result<Args, Result<String, String>> {
-    Args::try_parse().map_err(|error| {
-        let text = error.render().to_string();
-        if !error.use_stderr() {
-            return Ok(text);
-        }
-        // clap's message, then usage and hints in paragraphs of their own.
-        let message = text.split("\n\n").next().unwrap_or_default();
-        let message = message.strip_prefix("error: ").unwrap_or(message);
-        Err(message.split_whitespace().collect::<Vec<_>>().join(" "))
-    })
 }

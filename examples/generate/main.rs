@@ -7,98 +7,54 @@
 //! cargo run --release --features cuda --example generate -- --device cuda --random-weights llama-3.1-8b \
 //!     --prompt-length 1000 --batch 16
 //! ```
-//! `args.rs` is the command line, `scales.rs` its part about scales, `device.rs` the backend, `setup.rs`
+//! `args.rs` is the command line, `scales.rs` its part about scales, `../common/device.rs` the backend, `setup.rs`
 //! what is loaded and how it is run, `print.rs` text and tables, `report.rs` the JSON object. Any error is
 //! one line on stderr and exit code 2.
 
 mod args;
-mod device;
+#[path = "../common/mod.rs"]
+mod common;
 mod print;
 mod report;
 mod scales;
 mod setup;
 
 use std::io::{self, IsTerminal, Write};
-use std::panic;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use quantkv::decoder::{Compute, Engine};
-use quantkv::{Element, KvCacheDtype};
+use quantkv::{DType, Element, KvCacheDtype};
 
 use args::Args;
-use device::Machine;
+use common::device::{Job, Machine};
+use common::program::{self, Failure, note};
 use print::Printer;
 use report::RunReport;
-use setup::Session;
-
-/// Why the program ends early.
-pub enum Failure {
-    /// Something the user can put right.
-    User(String),
-    /// Standard output is gone.
-    Output(io::Error),
-}
-
-impl From<quantkv::Error> for Failure {
-    fn from(error: quantkv::Error) -> Self {
-        Failure::User(error.to_string())
-    }
-}
-
-impl From<io::Error> for Failure {
-    fn from(error: io::Error) -> Self {
-        Failure::Output(error)
-    }
-}
+use setup::{Session, Source};
 
 fn main() -> ExitCode {
-    // A panic is a bug, but one of a library may be caught and become an error (the tokenizer's
-    // is): then it must not have printed anything. RUST_BACKTRACE shows all.
-    if std::env::var_os("RUST_BACKTRACE").is_none() {
-        panic::set_hook(Box::new(|_| ()));
-    }
-    panic::catch_unwind(run_to_exit_code).unwrap_or_else(|cause| {
-        let text = cause.downcast_ref::<String>().map(String::as_str).or(cause.downcast_ref::<&str>().copied());
-        note("error", &format!("internal error: {} (RUST_BACKTRACE=1 shows where)", text.unwrap_or("unknown")));
-        ExitCode::from(101)
-    })
-}
-
-fn run_to_exit_code() -> ExitCode {
-    let result = match args::parse() {
-        Ok(args) => run(&args),
-        Err(Ok(help)) => write!(io::stdout(), "{help}").map_err(Failure::Output),
-        Err(Err(message)) => Err(Failure::User(message)),
-    };
-    let message = match result {
-        Ok(()) => return ExitCode::SUCCESS,
-        // The reader has seen enough.
-        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
-        Err(Failure::Output(error)) => format!("cannot write to standard output: {error}"),
-        Err(Failure::User(message)) => message,
-    };
-    note("error", &message);
-    ExitCode::from(2)
-}
-
-/// One line on stderr, whatever the message holds.
-fn note(kind: &str, message: &str) {
-    let line: Vec<&str> = message.split_whitespace().collect();
-    // Nowhere to complain to if stderr is closed.
-    let _ = writeln!(io::stderr(), "{kind}: {}", line.join(" "));
+    program::main(run)
 }
 
 fn run(args: &Args) -> Result<(), Failure> {
-    device::run(args, Generate(args))
+    let source = Source::open(args)?;
+    args.machine.run(!args.no_graphs, Generate { args, source })
 }
 
-struct Generate<'a>(&'a Args);
+struct Generate<'a> {
+    args: &'a Args,
+    source: Source,
+}
 
-impl device::Job for Generate<'_> {
-    fn run<B: Compute<A> + Machine, A: Element>(self, source: setup::Source, backend: B) -> Result<(), Failure> {
-        let args = self.0;
+impl Job for Generate<'_> {
+    fn model_dtype(&self) -> Result<DType, Failure> {
+        self.source.dtype()
+    }
+
+    fn run<B: Compute<A> + Machine, A: Element>(self, backend: B) -> Result<(), Failure> {
+        let Generate { args, source } = self;
         let spinner = progress(None);
         let session = Session::load(args, source, backend);
         spinner.finish_and_clear();

@@ -14,9 +14,9 @@ use quantkv::{CacheSpec, CpuBackend, DType, Element, KvCacheDtype};
 use rand::rngs::ChaCha12Rng;
 use rand::{Rng, SeedableRng};
 
-use crate::Failure;
-use crate::args::{Args, Device};
-use crate::device::Machine;
+use crate::args::Args;
+use crate::common::device::{Device, Machine};
+use crate::common::program::Failure;
 use crate::scales;
 
 /// The bundled model, and a prompt it can answer.
@@ -67,7 +67,6 @@ impl Source {
     }
 
     /// The model's own dtype.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     pub fn dtype(&self) -> Result<DType, Failure> {
         match self {
             Source::Random { config, .. } => Ok(config.dtype.unwrap_or(DType::BF16)),
@@ -144,8 +143,8 @@ impl<B: Compute<A> + Machine, A: Element> Session<B, A> {
                 self.notes.push(format!("{flag} has no effect at temperature 0"));
             }
         }
-        if args.device == Device::Cpu {
-            for (flag, given) in [("--products", args.products != "auto"), ("--no-graphs", args.no_graphs)] {
+        if args.machine.device == Device::Cpu {
+            for (flag, given) in [("--products", args.machine.products != "auto"), ("--no-graphs", args.no_graphs)] {
                 if given {
                     self.notes.push(format!("{flag} has no effect on the CPU"));
                 }

@@ -49,6 +49,8 @@ mod safetensors;
 mod scales_file;
 mod shape;
 pub mod weights;
+#[cfg(feature = "decoder")]
+mod write;
 
 use crate::scale::Scales;
 
@@ -65,6 +67,8 @@ pub use scales_file::read_scales_file;
 pub use shape::ModelShape;
 #[cfg(feature = "decoder")]
 pub(crate) use shape::{MAX_HEADS, MAX_LAYERS, MAX_WIDTH};
+#[cfg(feature = "decoder")]
+pub use write::{Copied, NewCheckpoint, WrittenCheckpoint, check_checkpoint, write_checkpoint};
 
 /// Scales of a checkpoint or file, with what is known of them.
 #[derive(Clone, Debug, PartialEq)]

@@ -1,13 +1,12 @@
-//! What the tests of the `generate` program share: running it, and its golden prompts.
+//! What the tests of the example programs share: running one, and the golden prompts of `generate`.
 //!
-//! `cargo test` builds the examples beside the tests (`target/PROFILE/examples`); a test that runs alone
-//! uses the one built last, or builds it if there is none.
+//! `cargo test` builds the examples beside the tests (`target/PROFILE/examples`); run alone, a test uses
+//! the one built last, or builds it if there is none.
 #![allow(dead_code)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
-use std::sync::OnceLock;
 
 use serde_json::Value;
 
@@ -15,30 +14,35 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR"))
 }
 
-pub fn generate() -> Command {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    let program = PROGRAM.get_or_init(|| {
-        let exe = std::env::current_exe().unwrap();
-        let profile = exe.parent().and_then(Path::parent).unwrap();
-        let name = format!("generate{}", std::env::consts::EXE_SUFFIX);
-        let program = profile.join("examples").join(name);
-        if !program.exists() {
-            let mut cargo = Command::new(env!("CARGO"));
-            cargo.current_dir(root()).args(["build", "--example", "generate", "--target-dir"]);
-            cargo.arg(profile.parent().unwrap());
-            if profile.ends_with("release") {
-                cargo.arg("--release");
-            }
-            if cfg!(feature = "cuda") {
-                cargo.args(["--features", "cuda"]);
-            }
-            assert!(cargo.status().unwrap().success(), "the example could not be built");
+/// The path of the example, built if it is not there.
+fn program(example: &str) -> PathBuf {
+    let exe = std::env::current_exe().unwrap();
+    let profile = exe.parent().and_then(Path::parent).unwrap();
+    let program = profile.join("examples").join(format!("{example}{}", std::env::consts::EXE_SUFFIX));
+    if !program.exists() {
+        let mut cargo = Command::new(env!("CARGO"));
+        cargo.current_dir(root()).args(["build", "--example", example, "--target-dir"]);
+        cargo.arg(profile.parent().unwrap());
+        if profile.ends_with("release") {
+            cargo.arg("--release");
         }
-        program
-    });
-    let mut command = Command::new(program);
+        if cfg!(feature = "cuda") {
+            cargo.args(["--features", "cuda"]);
+        }
+        assert!(cargo.status().unwrap().success(), "the example could not be built");
+    }
+    program
+}
+
+/// A command of the example, in the root of the package and without an input.
+pub fn command(example: &str) -> Command {
+    let mut command = Command::new(program(example));
     command.current_dir(root()).stdin(Stdio::null());
     command
+}
+
+pub fn generate() -> Command {
+    command("generate")
 }
 
 pub fn micro() -> String {
