@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 
 use quantkv::Error;
 use quantkv::calibrate::Observer;
-use quantkv::checkpoint::{Copied, NewCheckpoint, WrittenCheckpoint, check_checkpoint, kv_scales, write_checkpoint};
+use quantkv::checkpoint::{
+    Copied, KeyRange, NewCheckpoint, ReadOptions, Tool, WrittenCheckpoint, check_checkpoint, kv_scales, read_scales,
+    write_checkpoint,
+};
 use quantkv::decoder::{Config, Weights};
 use quantkv::scale::{LayerScales, StaticScale};
 use serde_json::{Value, json};
@@ -96,8 +99,10 @@ fn a_folder_reads_back_as_the_model_with_its_scales() {
         for name in theirs.names() {
             assert_eq!(ours.tensor(name).unwrap().bytes(), theirs.tensor(name).unwrap().bytes(), "{name}");
         }
-        assert!(config.kv_cache_scheme.is_some());
-        assert_eq!(Config { kv_cache_scheme: None, ..config }, base_config);
+        assert_eq!(config, base_config);
+        let found = read_scales(&out, &ReadOptions::default()).unwrap().unwrap();
+        assert_eq!((found.scales.layers(), &found.warnings[..]), (&scales[..], &[][..]));
+        assert_eq!((found.origin.tool, found.origin.key_range), (Tool::CompressedTensors, KeyRange::PostRope));
         for same in ["generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"] {
             assert_eq!(fs::read(out.join(same)).unwrap(), fs::read(base().join(same)).unwrap(), "{same}");
         }
@@ -144,11 +149,14 @@ fn scales_per_channel_have_a_shape_of_their_own() {
     let values: Vec<f32> = (1..=32).map(|x| x as f32).collect();
     let scale = StaticScale::per_channel("scale", 16, values.clone()).unwrap();
     let out = temp.0.join("out");
-    write(&base(), &out, &vec![LayerScales { k: scale.clone(), v: scale }; 4], Observer::Absmax).unwrap();
+    let scales = vec![LayerScales { k: scale.clone(), v: scale }; 4];
+    write(&base(), &out, &scales, Observer::Absmax).unwrap();
     let weights = Weights::open(&out).unwrap();
     assert_eq!(weights.tensor_of_shape("model.layers.2.self_attn.v_scale", &[2, 1, 16]).unwrap().to_f32(), values);
     let config = json_file(&out.join("config.json"));
     assert_eq!(config["quantization_config"]["kv_cache_scheme"]["strategy"], "channel");
+    let found = read_scales(&out, &ReadOptions::default()).unwrap().unwrap();
+    assert_eq!(found.scales.layers(), &scales[..]);
 }
 
 #[test]

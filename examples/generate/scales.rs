@@ -14,8 +14,9 @@ use quantkv::layout::DynamicScales;
 use quantkv::scale::{Granularity, LayerScales};
 use serde_json::{Value, json};
 
-use crate::Failure;
 use crate::args::Args;
+use crate::common::program::Failure;
+use crate::common::program::positive;
 use crate::report::RunReport;
 
 /// `--kv-scales`.
@@ -39,7 +40,7 @@ pub fn kv_scales(text: &str) -> Result<KvScalesFlag, String> {
     let mut flag = KvScalesFlag::default();
     for part in text.split(',') {
         let (name, tokens) = match part.split_once(':') {
-            Some(("running", tokens)) => ("running", Some(crate::args::positive(tokens)?)),
+            Some(("running", tokens)) => ("running", Some(positive(tokens)?)),
             Some(_) => return Err(format!("{part:?} takes no number, running:TOKENS does")),
             None => (part, None),
         };
