@@ -51,6 +51,8 @@ pub mod backend;
 pub mod blocks;
 pub mod cache;
 #[cfg(feature = "decoder")]
+pub mod calibrate;
+#[cfg(feature = "decoder")]
 pub mod checkpoint;
 pub mod codec;
 pub mod cpu;

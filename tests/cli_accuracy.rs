@@ -107,8 +107,16 @@ fn kl(name: &str) -> f64 {
     row(&all_rows().0, name)["mean_kl"].as_f64().unwrap_or(f64::INFINITY)
 }
 
-const E4M3: [&str; 7] =
-    ["e4m3-one", "e4m3-tensor", "e4m3-head", "e4m3-channel", "e4m3-dynamic", "e4m3-first-batch", "e4m3-ema"];
+const E4M3: [&str; 8] = [
+    "e4m3-one",
+    "e4m3-tensor",
+    "e4m3-head",
+    "e4m3-channel",
+    "e4m3-dynamic",
+    "e4m3-first-batch",
+    "e4m3-ema",
+    "e4m3-mse",
+];
 
 #[test]
 fn the_reference_is_exact_and_repeats_its_text() {
@@ -169,7 +177,7 @@ fn json_has_the_documented_fields() {
     assert_eq!(keys(&report["texts"]), ["source", "scored", "calibration", "sequence_length"]);
     assert_eq!(keys(&report["prompts"]), ["count", "tales", "facts", "fillers", "max_tokens"]);
     let rows = report["rows"].as_array().unwrap();
-    assert_eq!(rows.len(), 19);
+    assert_eq!(rows.len(), 21);
     for row in rows {
         let fields = [
             "name",
@@ -228,12 +236,12 @@ fn files_say_the_same_as_the_output() {
         assert_eq!(fields[mean].parse::<f64>().unwrap(), expected, "{line}");
         count += 1;
     }
-    assert_eq!(count, 19);
+    assert_eq!(count, 21);
 
     let svg = fs::read_to_string(out.join("accuracy.svg")).unwrap();
     assert!(svg.starts_with("<svg ") && svg.trim_end().ends_with("</svg>"));
     assert!(svg.contains("1024 bytes per token") && svg.contains("8 times too small"), "groups and rows are named");
-    assert_eq!(svg.matches("<circle").count(), 19 - 4, "a circle for each row that is no mistake");
+    assert_eq!(svg.matches("<circle").count(), 21 - 4, "a circle for each row that is no mistake");
 }
 
 #[test]

@@ -11,7 +11,7 @@
 //! about tales checked.
 //!
 //! `args.rs` is the command line, `data.rs` what is measured on (`tales.rs` tells tales), `rows.rs` the
-//! rows, `observe.rs` their scales, `large_keys.rs` and `cache.rs` what two failures need, `measure.rs`
+//! rows, `calibration.rs` their scales, `large_keys.rs` and `cache.rs` what two failures need, `measure.rs`
 //! with `score.rs`, `greedy.rs` and `metrics.rs` the measuring, `report.rs` and `plot.rs` what is printed
 //! and written. Any error is one line on stderr and exit code 2.
 
@@ -19,6 +19,7 @@ mod args;
 #[path = "../common/bundled.rs"]
 mod bundled;
 mod cache;
+mod calibration;
 #[path = "../common/mod.rs"]
 mod common;
 mod data;
@@ -26,7 +27,6 @@ mod greedy;
 mod large_keys;
 mod measure;
 mod metrics;
-mod observe;
 mod plot;
 mod report;
 mod rows;
@@ -45,13 +45,13 @@ use quantkv::decoder::{Compute, Config, GenerationConfig, Model, Weights};
 use quantkv::{DType, Element};
 
 use args::Args;
+use calibration::Calibrations;
 use common::device::{Job, Machine};
 use common::program::{self, Failure};
 use data::Data;
 use greedy::Greedy;
 use large_keys::LargeKeys;
 use measure::{Measured, Run};
-use observe::Ranges;
 use report::Report;
 use rows::{Row, Variant};
 
@@ -112,25 +112,25 @@ impl Job for Accuracy<'_> {
             )));
         }
         let bar = progress(&data, &[given.len(), large.len()]);
-        let measure = |model: &mut Model<B, A>, rows: &[&'static Row], ranges: &Ranges| {
+        let measure = |model: &mut Model<B, A>, rows: &[&'static Row]| {
+            let calibrations = Calibrations::new(model, &data.calibration, rows)?;
             let greedy = Greedy { max_tokens: args.max_tokens, eos: &eos };
-            Run { data: &data, ranges, tokenizer: tokenizer.as_ref(), greedy, bar: &bar }.measure(model, rows)
+            let run =
+                Run { data: &data, calibrations: &calibrations, tokenizer: tokenizer.as_ref(), greedy, bar: &bar };
+            Ok::<_, Failure>((run.measure(model, rows)?, calibrations.largest_keys()))
         };
-        let observe =
-            |model: &mut Model<B, A>| Ranges::observe(model, measure::BLOCK_SIZE, &data.calibration, || bar.inc(1));
-        let ranges = observe(&mut model)?;
-        let mut measured: Vec<Measured> = measure(&mut model, &given, &ranges)?;
+        let (mut measured, keys): (Vec<Measured>, _) = measure(&mut model, &given)?;
         let (dtype, layers) = (model.dtype(), model.config().num_layers);
         let mut large_keys = None;
         if !large.is_empty() {
-            let factor = large_keys::factor_for(ranges.largest_keys(), rows::LARGE_KEY);
+            let factor = large_keys::factor_for(keys, rows::LARGE_KEY);
             let folder = LargeKeys::make(&dir, model.config(), model.weights(), factor)?;
             // One model in memory at a time.
             drop(model);
             let mut model = Model::<B, A>::load(folder.path(), backend)?;
-            let ranges = observe(&mut model)?;
-            measured.extend(measure(&mut model, &large, &ranges)?);
-            large_keys = Some((factor, ranges.largest_keys()));
+            let (more, keys) = measure(&mut model, &large)?;
+            measured.extend(more);
+            large_keys = Some((factor, keys));
         }
         bar.finish_and_clear();
         measured.sort_by_key(|measured| rows.iter().position(|row| row.name == measured.row.name));
@@ -181,7 +181,7 @@ fn progress(data: &Data, rows: &[usize]) -> ProgressBar {
     let of_model = |rows: &usize| match rows {
         0 => 0,
         // The reference continues the prompts once more.
-        rows => data.calibration.len() + rows * (data.evaluation.len() + prompts) + prompts,
+        rows => rows * (data.evaluation.len() + prompts) + prompts,
     };
     let total: usize = rows.iter().map(of_model).sum();
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} texts and prompts, {eta} left");

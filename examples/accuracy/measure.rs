@@ -1,7 +1,7 @@
 //! All rows of one model.
 //!
 //! ```text
-//! calibration texts ──> ranges ──> each row's scales
+//! calibration texts ──> calibration.rs ──> each row's scales
 //! each text:  the reference's logits, then every row's, position by position     (score.rs)
 //! each row:   greedy continuations of all prompts, against the reference's       (greedy.rs)
 //! ```
@@ -16,11 +16,11 @@ use quantkv::scale::LayerScales;
 use quantkv::{Element, KvFormat, Result};
 
 use crate::cache::{CachePlan, RowCache};
+use crate::calibration::Calibrations;
 use crate::data::{Data, Prompt};
 use crate::greedy::{self, Greedy};
 use crate::metrics::{Position, Summary, first_divergence};
-use crate::observe::Ranges;
-use crate::rows::{HandOver, Row, Scales, Strategy, reference_of};
+use crate::rows::{HandOver, Row, Scales, reference_of};
 use crate::score::{Reference, blocks_for, score};
 use crate::tales;
 
@@ -65,7 +65,7 @@ impl Plan {
 /// Everything that rows of one model need.
 pub struct Run<'a> {
     pub data: &'a Data,
-    pub ranges: &'a Ranges,
+    pub calibrations: &'a Calibrations,
     pub tokenizer: Option<&'a Arc<Tokenizer>>,
     pub greedy: Greedy<'a>,
     pub bar: &'a ProgressBar,
@@ -104,16 +104,14 @@ impl Run<'_> {
     fn plan<B: Compute<A>, A: Element>(&self, model: &mut Model<B, A>, row: &'static Row) -> Result<Plan> {
         let format = row.format.unwrap_or(model.dtype().as_kv_format());
         let spec = model.cache_spec(BLOCK_SIZE, format)?;
-        // Scales are made for the codes of OCP; a FNUZ code of the same byte is half of it.
-        let ocp = if format == KvFormat::Fp8E4M3Fnuz { KvFormat::Fp8E4M3 } else { format };
         let scales = match row.scales {
             Scales::Unused | Scales::One | Scales::Dynamic => vec![LayerScales::one(); model.config().num_layers],
-            Scales::Absmax(strategy) => self.ranges.absmax_scales(ocp, strategy, 1.0)?,
-            Scales::TooSmall(by) => self.ranges.absmax_scales(ocp, Strategy::Tensor, by)?,
-            Scales::MovingAverage => self.ranges.average_scales(ocp)?,
+            Scales::Calibrated(observer, granularity) => self.calibrations.scales(observer, granularity),
+            Scales::TooSmall(by) => self.calibrations.too_small(by)?,
             Scales::FirstBatch => first_batch_scales(model, spec, &self.data.calibration[0])?,
         };
         let spec = if row.scales == Scales::Dynamic { spec.with_dynamic_scales()? } else { spec };
+        // Scales are made for the codes of OCP; a FNUZ code of the same byte is half of it.
         let doubled = format == KvFormat::Fp8E4M3Fnuz && row.hand_over != Some(HandOver::NotDoubled);
         let written = if doubled { double(&scales)? } else { scales.clone() };
         let reader = match row.hand_over {

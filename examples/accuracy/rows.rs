@@ -3,6 +3,8 @@
 //! Rows of the second part are failures that happen in practice, each beside the row that avoids it.
 
 use quantkv::KvFormat;
+use quantkv::calibrate::Observer;
+use quantkv::scale::Granularity;
 
 /// What the largest key of every layer of the model with large keys is to reach.
 pub const LARGE_KEY: f32 = 2048.0;
@@ -19,15 +21,6 @@ pub enum Variant {
     LargeKeys,
 }
 
-/// What shares a static scale.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Strategy {
-    Tensor,
-    Head,
-    /// K has a scale per head and channel, V one per head.
-    Channel,
-}
-
 /// Where scales come from.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Scales {
@@ -35,16 +28,14 @@ pub enum Scales {
     Unused,
     /// 1.0.
     One,
-    /// The largest magnitude of the calibration texts becomes the largest code.
-    Absmax(Strategy),
-    /// The same per tensor, divided by this.
+    /// From the calibration texts.
+    Calibrated(Observer, Granularity),
+    /// Absmax ones per tensor, divided by this.
     TooSmall(f32),
     /// Each row of each token has its own.
     Dynamic,
     /// vLLM's `calculate_kv_scales`: K/200 and V/100 of the first text.
     FirstBatch,
-    /// LLM Compressor's moving average of extremes.
-    MovingAverage,
 }
 
 /// The prompt is computed by one device, which writes FNUZ codes, and what follows by another, which
@@ -98,6 +89,9 @@ pub struct Row {
     pub about: &'static str,
 }
 
+/// The largest magnitude of the calibration texts becomes the largest code.
+pub const ABSMAX: Scales = Scales::Calibrated(Observer::Absmax, Granularity::Tensor);
+
 const CHOICE: Row = Row {
     name: "",
     format: Some(KvFormat::Fp8E4M3),
@@ -108,33 +102,50 @@ const CHOICE: Row = Row {
     about: "",
 };
 const LARGE_KEYS: Row = Row { variant: Variant::LargeKeys, kind: Kind::Remedy, ..CHOICE };
-const HANDED_OVER: Row = Row {
-    format: Some(KvFormat::Fp8E4M3Fnuz),
-    scales: Scales::Absmax(Strategy::Tensor),
-    kind: Kind::Failure,
-    ..CHOICE
-};
+const HANDED_OVER: Row = Row { format: Some(KvFormat::Fp8E4M3Fnuz), scales: ABSMAX, kind: Kind::Failure, ..CHOICE };
 
 /// Every row, in the order of the table.
-pub static ROWS: [Row; 19] = [
+pub static ROWS: [Row; 21] = [
     Row { name: "auto", format: None, scales: Scales::Unused, kind: Kind::Reference, about: "none", ..CHOICE },
     Row { name: "f32", format: Some(KvFormat::F32), scales: Scales::Unused, about: "none", ..CHOICE },
     Row { name: "e4m3-one", about: "1.0", ..CHOICE },
-    Row { name: "e4m3-tensor", scales: Scales::Absmax(Strategy::Tensor), about: "absmax per tensor", ..CHOICE },
-    Row { name: "e4m3-head", scales: Scales::Absmax(Strategy::Head), about: "absmax per head", ..CHOICE },
+    Row { name: "e4m3-tensor", scales: ABSMAX, about: "absmax per tensor", ..CHOICE },
+    Row {
+        name: "e4m3-head",
+        scales: Scales::Calibrated(Observer::Absmax, Granularity::Head),
+        about: "absmax per head",
+        ..CHOICE
+    },
     Row {
         name: "e4m3-channel",
-        scales: Scales::Absmax(Strategy::Channel),
-        about: "absmax per channel (K), head (V)",
+        scales: Scales::Calibrated(Observer::Absmax, Granularity::Channel),
+        about: "absmax per channel",
         ..CHOICE
     },
     Row { name: "e4m3-dynamic", scales: Scales::Dynamic, about: "dynamic per (token, head)", ..CHOICE },
     Row { name: "e4m3-first-batch", scales: Scales::FirstBatch, about: "first batch, K/200, V/100", ..CHOICE },
-    Row { name: "e4m3-ema", scales: Scales::MovingAverage, about: "LLM Compressor's average", ..CHOICE },
+    Row {
+        name: "e4m3-ema",
+        scales: Scales::Calibrated(Observer::LlmCompressor, Granularity::Tensor),
+        about: "LLM Compressor's average",
+        ..CHOICE
+    },
+    Row {
+        name: "e4m3-mse",
+        scales: Scales::Calibrated(Observer::Mse, Granularity::Tensor),
+        about: "least squared error",
+        ..CHOICE
+    },
+    Row {
+        name: "e4m3-percentile",
+        scales: Scales::Calibrated(Observer::Percentile(99.9), Granularity::Tensor),
+        about: "99.9th percentile",
+        ..CHOICE
+    },
     Row {
         name: "e4m3-fnuz",
         format: Some(KvFormat::Fp8E4M3Fnuz),
-        scales: Scales::Absmax(Strategy::Tensor),
+        scales: ABSMAX,
         about: "absmax per tensor, doubled",
         ..CHOICE
     },
@@ -147,12 +158,7 @@ pub static ROWS: [Row; 19] = [
         ..CHOICE
     },
     Row { name: "large-keys-one", kind: Kind::Failure, about: "large keys, 1.0", ..LARGE_KEYS },
-    Row {
-        name: "large-keys-tensor",
-        scales: Scales::Absmax(Strategy::Tensor),
-        about: "large keys, absmax per tensor",
-        ..LARGE_KEYS
-    },
+    Row { name: "large-keys-tensor", scales: ABSMAX, about: "large keys, absmax per tensor", ..LARGE_KEYS },
     Row { name: "large-keys-e5m2", format: Some(KvFormat::Fp8E5M2), about: "large keys, 1.0", ..LARGE_KEYS },
     Row { name: "large-keys-auto", format: None, scales: Scales::Unused, about: "large keys, none", ..LARGE_KEYS },
     Row {

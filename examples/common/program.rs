@@ -1,4 +1,5 @@
-//! The outermost layer of a program: any error is one line on stderr and exit code 2.
+//! The outermost layer of a program: any error is one line on stderr and exit code 2, an interruption
+//! 128 and its signal.
 
 use std::io::{self, Write};
 use std::panic;
@@ -12,6 +13,9 @@ pub enum Failure {
     User(String),
     /// Standard output is gone.
     Output(io::Error),
+    /// This signal came, and what was begun is cleaned up.
+    #[allow(dead_code)] // most programs have nothing to clean up, and let the signal end them
+    Interrupted(u8),
 }
 
 impl From<quantkv::Error> for Failure {
@@ -51,6 +55,10 @@ fn run_to_exit_code<Args: Parser>(run: fn(&Args) -> Result<(), Failure>) -> Exit
         // The reader has seen enough.
         Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => return ExitCode::SUCCESS,
         Err(Failure::Output(error)) => format!("cannot write to standard output: {error}"),
+        Err(Failure::Interrupted(signal)) => {
+            note("error", "interrupted");
+            return ExitCode::from(128 + signal);
+        }
         Err(Failure::User(message)) => message,
     };
     note("error", &message);

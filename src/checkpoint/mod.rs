@@ -6,6 +6,8 @@
 
 mod safetensors;
 mod scales_file;
+mod write;
 
 pub use safetensors::kv_scales;
 pub use scales_file::read_scales_file;
+pub use write::{Copied, NewCheckpoint, WrittenCheckpoint, check_checkpoint, write_checkpoint};

@@ -52,5 +52,5 @@ pub use batch::{Batch, WantedLogits};
 pub use compute::Compute;
 pub use config::{Architecture, Config, GenerationConfig};
 pub use engine::{Engine, EngineConfig};
-pub use model::Model;
+pub use model::{Model, ObservedLayer};
 pub use weights::{HostTensor, Weights};

@@ -22,6 +22,10 @@ use crate::error::{Error, Result};
 use crate::format::{DType, Element};
 use crate::layout::{CacheSpec, checked_product};
 
+mod observe;
+
+pub use observe::ObservedLayer;
+
 /// A loaded model with activations of type `A`.
 pub struct Model<B: Compute<A>, A: Element = f32> {
     network: Network<B, A>,

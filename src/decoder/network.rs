@@ -68,9 +68,7 @@ impl<B: Compute<A>, A: Element> Network<B, A> {
         cache: &mut PagedKvCache<B>,
         new_scales: bool,
     ) -> Result<()> {
-        self.backend.embed(&self.embedding, inputs.ids(), rows, &mut s.x)?;
-        let scaling = self.config.rope.attention_scaling();
-        self.backend.rope_table(inputs.positions(), rows, &self.inv_freq, scaling, &mut s.cos, &mut s.sin)?;
+        self.begin(s, inputs, rows)?;
         for index in 0..self.layers.len() {
             self.keys_and_queries(index, s, rows)?;
             if new_scales {
@@ -80,6 +78,33 @@ impl<B: Compute<A>, A: Element> Network<B, A> {
             self.mlp(index, s, rows)?;
         }
         Ok(())
+    }
+
+    /// [`Network::step`] with the scales the cache has. `see` is called for each layer, when its keys and
+    /// values lie in the scratch and before they are written.
+    pub fn step_observed(
+        &self,
+        s: &mut Scratch<B, A>,
+        inputs: &StepInputs<B>,
+        rows: usize,
+        cache: &mut PagedKvCache<B>,
+        see: &mut dyn FnMut(usize, &Scratch<B, A>) -> Result<()>,
+    ) -> Result<()> {
+        self.begin(s, inputs, rows)?;
+        for index in 0..self.layers.len() {
+            self.keys_and_queries(index, s, rows)?;
+            see(index, s)?;
+            self.attention(index, s, inputs, rows, cache)?;
+            self.mlp(index, s, rows)?;
+        }
+        Ok(())
+    }
+
+    /// `x` and the rotary tables of the step's tokens.
+    fn begin(&self, s: &mut Scratch<B, A>, inputs: &StepInputs<B>, rows: usize) -> Result<()> {
+        self.backend.embed(&self.embedding, inputs.ids(), rows, &mut s.x)?;
+        let scaling = self.config.rope.attention_scaling();
+        self.backend.rope_table(inputs.positions(), rows, &self.inv_freq, scaling, &mut s.cos, &mut s.sin)
     }
 
     /// q, k and v of `rms_norm(x)`, turned to their positions.

@@ -268,6 +268,12 @@ impl Weights {
         self.entries.keys().map(String::as_str)
     }
 
+    /// Bytes of all tensors: what an index calls `total_size`.
+    pub(crate) fn tensor_bytes(&self) -> usize {
+        let bits = |entry: &Entry| entry.shape.iter().product::<usize>().saturating_mul(entry.dtype.bitsize());
+        self.entries.values().map(|entry| bits(entry) / 8).fold(0, usize::saturating_add)
+    }
+
     /// Bytes of all mapped files.
     pub fn mapped_bytes(&self) -> usize {
         self.mapped_bytes
