@@ -46,7 +46,8 @@ pub enum HandOver {
     WritersScales,
     /// Both use the checkpoint's.
     NotDoubled,
-    /// The writer doubles the scales, and the reader uses the checkpoint's: right.
+    /// The writer doubles the scales, and the reader uses the checkpoint's: right for all codes but the
+    /// largest, 0x7f, which is 240 in FNUZ and NaN in OCP. A value beyond the calibrated range has it.
     CheckpointScales,
 }
 
@@ -176,7 +177,6 @@ pub static ROWS: [Row; 21] = [
     Row {
         name: "fnuz-halved",
         hand_over: Some(HandOver::CheckpointScales),
-        kind: Kind::Remedy,
         about: "FNUZ bytes as OCP, scales halved",
         ..HANDED_OVER
     },
