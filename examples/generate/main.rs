@@ -12,6 +12,8 @@
 //! one line on stderr and exit code 2.
 
 mod args;
+#[path = "../common/bundled.rs"]
+mod bundled;
 #[path = "../common/mod.rs"]
 mod common;
 mod print;

@@ -19,8 +19,7 @@ use crate::common::device::{Device, Machine};
 use crate::common::program::Failure;
 use crate::scales;
 
-/// The bundled model, and a prompt it can answer.
-const BUNDLED: &str = "models/tales-3m";
+/// A prompt the bundled model can answer.
 const BUNDLED_PROMPT: &str = "Tom's silver coin is in the quiet garden. The wind was cold that day. \
     Ana's old map was left in the tall tower. Where is Tom's coin?";
 const DEFAULT_KV_MEMORY: usize = 64 << 20;
@@ -60,7 +59,7 @@ impl Source {
         }
         let dir = match &args.model {
             Some(dir) => dir.clone(),
-            None => bundled_model()?,
+            None => bundled::model_dir()?,
         };
         let (config, weights) = (Config::from_dir(&dir)?, Weights::open(&dir)?);
         Ok(Source::Checkpoint { dir, config, weights })
@@ -310,19 +309,6 @@ pub fn explain(number: usize, of: usize, error: quantkv::Error) -> Failure {
     let text = error.to_string();
     let advice = if text.contains("the cache has") { " (see --kv-memory, --num-blocks, --max-tokens)" } else { "" };
     Failure::User(format!("{which}{text}{advice}"))
-}
-
-/// The bundled model beside the sources this program was built from, or in the current folder.
-fn bundled_model() -> Result<PathBuf, Failure> {
-    let sources = Path::new(env!("CARGO_MANIFEST_DIR")).join(BUNDLED);
-    let found = [sources.clone(), PathBuf::from(BUNDLED)].into_iter().find(|dir| dir.join("config.json").exists());
-    found.ok_or_else(|| {
-        Failure::User(format!(
-            "the bundled model is neither at {} nor at ./{BUNDLED}: it is in the source repository of quantkv, \
-             not in the published package; copy it from there or give --model DIR",
-            sources.display()
-        ))
-    })
 }
 
 fn read_lines(path: &Path) -> Result<Vec<String>, Failure> {
