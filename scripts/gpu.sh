@@ -122,7 +122,7 @@ emulate() {
         for file in testing/conformance/*.cu csrc/bench/*.cu testing/simt/*.cpp; do
             "${CXX:-c++}" "${flags[@]}" -DQUANTKV_SIMT_ARCH="$arch" -Itesting -Icsrc -x c++ -c "$file" -o "$out/$(basename "$file").o"
         done
-        "${CXX:-c++}" -o "$out/conformance-$arch" "$out"/{main,arithmetic,conversions,fp8,matrix,memory}.cu.o "$out"/*.cpp.o
+        "${CXX:-c++}" -o "$out/conformance-$arch" "$out"/{main,arithmetic,conversions,fp8,hopper,matrix,memory}.cu.o "$out"/*.cpp.o
         "$out/conformance-$arch"
     done
     "${CXX:-c++}" -shared -Wl,-Bsymbolic -o "$out/libquantkv_bench.so" "$out"/ceilings.cu.o "$out"/*.cpp.o
