@@ -239,9 +239,11 @@ sanitizers() {
         step "memcheck-$name" 120 "${run[@]}" --tool memcheck "$gpu/release/deps/$name" --test-threads 1
     done
     step memcheck-conformance 60 "${run[@]}" --tool memcheck "$gpu/conformance" --step 100003
-    for tool in racecheck initcheck synccheck; do
+    for tool in initcheck synccheck; do
         step "$tool-bench" 100 "${run[@]}" --tool "$tool" "$bench" --verify-only
     done
+    # Not prefill: racecheck does not see that one lane arrives at a barrier in shared memory for its whole warp.
+    step racecheck-bench 100 "${run[@]}" --tool racecheck "$bench" --verify-only decode schedule cache_write copy_blocks
     step racecheck-conformance 60 "${run[@]}" --tool racecheck "$gpu/conformance" --step 1000003
 }
 
