@@ -114,8 +114,8 @@ QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece,
   int32_t tile = first_tile_of(piece);
   int32_t block = source.block_of_entry(source.entry_of(tile), tile), entry = source.entry_of(tile + kHopperKeys);
   const auto copy = [&](int stage) {
-    unsigned char *const to = codes + stage * kLoads * kStride;
-    source.copy(tile, block, [&](int i, int panel) { return to + (i * kPanels + panel) * kStride; });
+    source.copy(tile, block,
+                [&](int i, int panel) { return codes + (stage * kLoads + i * kPanels + panel) * kStride; });
   };
   copy(0);
   copy_async_commit();
