@@ -93,6 +93,12 @@ pub fn choose(list: Option<&str>, capability: Option<&str>, known: &[u32]) -> Re
     Ok(archs)
 }
 
+/// Whether a device of sm_90 gets code made for it alone, and no other.
+pub fn devices_90_run_90a(archs: &[Arch]) -> bool {
+    let code_of_90 = |suffix| archs.iter().any(|arch| !arch.ptx && arch.number == 90 && arch.suffix == suffix);
+    code_of_90("a") && !code_of_90("")
+}
+
 /// Whether a device of sm_90 or newer may get code made for an older one (by its PTX), which does not wait for
 /// the kernel before it.
 pub fn newer_devices_run_older_code(archs: &[Arch]) -> bool {

@@ -53,6 +53,9 @@ pub fn build() -> Result<(), String> {
     if archs::newer_devices_run_older_code(&archs) {
         flags.push("-DQUANTKV_NO_OVERLAP".into());
     }
+    if archs::devices_90_run_90a(&archs) {
+        flags.push("-DQUANTKV_HOPPER".into());
+    }
     let key = format!("{flags:?} {nvcc_reads:?} {} {}", toolkit.nvcc.display(), toolkit.release);
     let compiler = Compiler {
         program: toolkit.nvcc,

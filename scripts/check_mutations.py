@@ -4,8 +4,8 @@
     scripts/simt.sh [--sanitize] -- scripts/check_mutations.py [--list] [--some] [WORD ..]
 
 testing/mutations.toml lists them: a text that occurs once in a file, what it becomes, and the tests that must
-fail. Those marked `sanitize` only show to AddressSanitizer and are for --sanitize; the others run without. WORDs choose
-by a part of the name; --some (CI) takes the first of each file of csrc/ops. A test is run in several orders until it fails.
+fail; `capability`: on a device of that one. Those marked `sanitize` only show to AddressSanitizer and are for --sanitize; the others run without. WORDs choose
+by a part of the name; --some (CI) takes the first of each file of csrc/ops and csrc/hopper. A test is run in several orders until it fails.
 
 The tests are built once. For a mutation, the kernel sources are copied, changed and compiled by the commands that the
 build left beside its objects; the changed library stands before the right one on the loader's path.
@@ -38,7 +38,7 @@ def main():
         check_entry(mutation)
     chosen = [m for m in listed if m.get("sanitize", False) == sanitize and (not words or any(w in m["name"] for w in words))]
     if "--some" in sys.argv:
-        chosen = list({m["file"]: m for m in reversed(chosen) if m["file"].startswith("csrc/ops/")}.values())[::-1]
+        chosen = list({m["file"]: m for m in reversed(chosen) if m["file"].startswith(("csrc/ops/", "csrc/hopper/"))}.values())[::-1]
     if "--list" in sys.argv:
         print("\n".join(f"{m['name']}: {', '.join(m['tests'])}" for m in chosen))
         return
@@ -58,7 +58,7 @@ def main():
         for mutation in chosen:
             began = time.monotonic()
             try:
-                seen = first_failure(build, mutate(build, mutation, Path(folder)), tests_of(mutation))
+                seen = first_failure(build, mutate(build, mutation, Path(folder)), tests_of(mutation), mutation.get("capability"))
             except CompileError as error:
                 sys.exit(f"{mutation['name']}: the changed source does not compile:\n{error}")
             print(f"{'caught  ' if seen else 'SURVIVED'} {mutation['name']} [{time.monotonic() - began:.0f} s]"
@@ -165,12 +165,14 @@ def finish(process):
         raise CompileError(output)
 
 
-def first_failure(build, library, tests):
+def first_failure(build, library, tests, capability=None):
     """What noticed: the test, the order, and its words. None if nothing did."""
     for order in ORDERS:
         for test, filter in tests:
             environment = dict(os.environ, QUANTKV_SIMT_ORDER=order, PROPTEST_DISABLE_FAILURE_PERSISTENCE="true",
                                PROPTEST_MAX_SHRINK_ITERS="0", RUST_BACKTRACE="0", QUANTKV_TEST_DEVICES="cuda")
+            if capability:
+                environment["QUANTKV_SIMT_CC"] = str(capability)
             environment["LD_LIBRARY_PATH"] = f"{library}:{environment['LD_LIBRARY_PATH']}"
             runner = [value for name, value in environment.items() if name.startswith("CARGO_TARGET_") and name.endswith("_RUNNER")]
             command = [*runner, build.programs[test], *([filter] if filter else [])]

@@ -72,6 +72,21 @@ fn kernels_overlap_only_where_every_image_waits() {
 }
 
 #[test]
+fn kernels_of_hopper_are_taken_only_where_their_code_is() {
+    let lists = [
+        ("90a", true),
+        ("80 90a compute_90", true),
+        ("90", false),
+        ("90 90a", false),
+        ("80 compute_90", false),
+        ("75", false),
+    ];
+    for (list, has) in lists {
+        assert_eq!(archs::devices_90_run_90a(&choose(Some(list), None, NVCC_13_0).unwrap()), has, "{list}");
+    }
+}
+
+#[test]
 fn what_nvcc_says_of_itself() {
     let text = "nvcc: NVIDIA (R) Cuda compiler driver\nCopyright (c) 2005-2024 NVIDIA Corporation\n\
                 Built on Thu_Mar_28_02:18:24_PDT_2024\nCuda compilation tools, release 12.4, V12.4.131\n\

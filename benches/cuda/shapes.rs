@@ -126,11 +126,11 @@ fn variations(work: &mut Vec<Work>) {
 /// Chunks of a prompt, the newest tokens of a longer context.
 fn prefill(work: &mut Vec<Work>, quick: bool) {
     let shapes: &[(usize, usize)] = if quick {
-        &[(2 * K, 8 * K)]
+        &[(2 * K, 8 * K), (2 * K, 32 * K)]
     } else {
-        &[(512, 512), (2 * K, 2 * K), (2 * K, 8 * K), (2 * K, 32 * K), (8 * K, 8 * K)]
+        &[(512, 512), (2 * K, 2 * K), (2 * K, 8 * K), (64, 32 * K), (512, 32 * K), (2 * K, 32 * K), (8 * K, 8 * K)]
     };
-    for format in [E4M3, KvFormat::BF16] {
+    for format in [E4M3, KvFormat::BF16, KvFormat::Fp8E5M2] {
         for &(queries, context) in shapes {
             work.push(Work::Prefill(Shape { queries, ..Shape::uniform(1, context, format) }));
         }

@@ -25,6 +25,13 @@ constexpr int64_t kMaxGridYZ = 65535;
 constexpr size_t kSharedWithoutAsking = 48 * 1024;
 constexpr size_t kAskAboveDynamic = kSharedWithoutAsking / 2;
 
+// Whether devices of compute capability 9.0 get the code that only they can run (csrc/hopper): build.rs knows.
+#if defined(QUANTKV_HOPPER) || (defined(QUANTKV_SIMT) && QUANTKV_SIMT_ARCH == 90)
+constexpr bool kHasHopperKernels = true;
+#else
+constexpr bool kHasHopperKernels = false;
+#endif
+
 } // namespace quantkv
 
 #if defined(QUANTKV_SIMT)

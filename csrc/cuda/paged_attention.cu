@@ -2,7 +2,8 @@
 //
 //   f32 activations, sm_75, odd shapes     portable kernel for everything
 //   else                                   decode kernel for sequences of at most 16 query rows a KV head,
-//                                          prefill kernel for the others; or one of them if it is all there is
+//                                          prefill kernel for the others, on sm_90 its own where that can; or one of
+//                                          them if it is all there is
 #include "../core/check.h"
 #include "../ops/paged_attention_merge.h"
 #include "../ops/paged_attention_plan.h"
@@ -16,7 +17,7 @@ constexpr int32_t kAnyQueries = 0x7fffffff;
 constexpr int32_t kDecodeTile = 16, kDecodeMinTiles = 4, kDecodePieceCost = 10;
 constexpr int32_t kDecodeRows = 16, kDecodeBlocks = 4; // at most
 
-enum class Kernel { Portable, Decode, Prefill };
+enum class Kernel { Portable, Decode, Prefill, PrefillHopper };
 
 // A call, cut into the work of up to two kernels.
 struct Dispatch {
@@ -101,12 +102,18 @@ Dispatch dispatch_of(const quantkv_paged_attention &op, const Device &device) {
   dispatch.call.params = params_of(op);
   const AttentionParams &params = dispatch.call.params;
   KernelShape decode = {}, prefill = {};
+  Kernel prefill_kernel = Kernel::Prefill;
   if (op.kernel != QUANTKV_ATTENTION_PORTABLE) {
     // If there are as many sequences as tokens, each has one query as a rule: that is what rows are for then.
     const bool is_decode = op.num_tokens <= op.num_seqs;
     decode = decode_shape(op, device, is_decode && params.group_size <= 8 ? 8 : kDecodeRows);
     if (prefill_can_load(op) && !(is_decode && decode.max_rows >= params.group_size)) {
       prefill = prefill_shape(op.cache, op.activation, device);
+      const KernelShape hopper = prefill_hopper_shape(op, device);
+      if (prefill.max_rows > 0 && hopper.max_rows > 0) {
+        prefill = hopper;
+        prefill_kernel = Kernel::PrefillHopper;
+      }
     }
   }
   if (decode.max_rows > 0 && prefill.max_rows > 0) {
@@ -115,11 +122,11 @@ Dispatch dispatch_of(const quantkv_paged_attention &op, const Device &device) {
     few_queries.max_queries = few;
     many_queries.min_queries = few + 1;
     if (few > 0) add(dispatch, Kernel::Decode, few_queries);
-    add(dispatch, Kernel::Prefill, many_queries);
+    add(dispatch, prefill_kernel, many_queries);
   } else if (decode.max_rows > 0) {
     add(dispatch, Kernel::Decode, list_of(params, decode, device));
   } else if (prefill.max_rows > 0) {
-    add(dispatch, Kernel::Prefill, list_of(params, prefill, device));
+    add(dispatch, prefill_kernel, list_of(params, prefill, device));
   } else if (op.kernel != QUANTKV_ATTENTION_TENSOR_CORE) {
     add(dispatch, Kernel::Portable, list_of(params, portable_shape(), device));
   }
@@ -138,7 +145,9 @@ size_t workspace_bound(const quantkv_paged_attention &op, const Device &device) 
   const size_t portable = bytes(portable_shape());
   if (device.compute_capability < 80) return portable;
   size_t tensor_core = bytes(KernelShape{kDecodeTile, kDecodeRows, kDecodeBlocks, kDecodeMinTiles, kDecodePieceCost});
-  tensor_core += bytes(KernelShape{kPrefillRows, kPrefillRows, kPrefillBlocks, 1, 0});
+  const size_t prefill = bytes(KernelShape{kPrefillRows, kPrefillRows, kPrefillBlocks, 1, 0});
+  const size_t hopper = bytes(kPrefillHopperShape);
+  tensor_core += prefill > hopper ? prefill : hopper;
   return portable > tensor_core ? portable : tensor_core;
 }
 
@@ -199,6 +208,7 @@ int launch(const Dispatch &dispatch, const Device &device, quantkv_stream stream
     case Kernel::Portable: QKV_CHECK(launch_portable(call.params, list, stream)); break;
     case Kernel::Decode: QKV_CHECK(launch_decode(call.params, list, device, stream)); break;
     case Kernel::Prefill: QKV_CHECK(launch_prefill(call.params, list, stream)); break;
+    case Kernel::PrefillHopper: QKV_CHECK(launch_prefill_hopper(call.params, list, stream)); break;
     }
     const int64_t rows = list.merges_itself ? 0 : static_cast<int64_t>(list.workers) * list.rows;
     if (rows > most_rows) most_rows = rows;

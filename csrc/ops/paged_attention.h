@@ -219,8 +219,14 @@ struct SharedWork {
 
   // To be called by all threads of the block; two barriers. The first call has `is_first`.
   QKV_DEVICE bool next(const AttentionParams &params, const WorkList &list, bool is_first) {
-    sync_threads();
-    if (thread_index() == 0) {
+    return next(params, list, is_first, thread_index() == 0, [] { sync_threads(); });
+  }
+
+  // The same for some warps of the block: `sync` is their barrier, one thread of theirs `steps`.
+  template <class Sync>
+  QKV_DEVICE bool next(const AttentionParams &params, const WorkList &list, bool is_first, bool steps, Sync sync) {
+    sync();
+    if (steps) {
       WorkIterator work(params, list, block_index_x());
       if (!is_first) {
         work.unit = unit;
@@ -234,7 +240,7 @@ struct SharedWork {
       end = work.end;
       group = work.group;
     }
-    sync_threads();
+    sync();
     return found;
   }
 };

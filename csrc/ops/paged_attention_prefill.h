@@ -15,7 +15,7 @@
 // f16's range; the factor goes to the scores. Dynamic V scales go into P, relative to the largest power of two met so
 // far. Scales per tensor and head go to the scores and outputs.
 #pragma once
-#include "paged_attention.h"
+#include "paged_attention_prefill_rows.h"
 
 namespace quantkv {
 
@@ -61,74 +61,6 @@ template <int kDim> QKV_DEVICE unsigned char *chunk_of(unsigned char *tile, int 
 }
 template <int kDim> QKV_DEVICE unsigned char *chunk_of(unsigned char *tile, int row, int chunk) {
   return tile + row * (kDim * 2) + ((chunk ^ (row & 7)) << 4);
-}
-
-// ---- queries
-
-// Eight elements as f32.
-QKV_DEVICE void unpack_chunk(const Words<4> &words, int32_t activation, float (&x)[8]) {
-  QKV_UNROLL
-  for (int i = 0; i < 4; i++) {
-    if (activation == QUANTKV_F16) {
-      unpack_f16(words.w[i], x[2 * i], x[2 * i + 1]);
-    } else {
-      unpack_bf16(words.w[i], x[2 * i], x[2 * i + 1]);
-    }
-  }
-}
-
-// Queries of the piece to shared memory; rows it has not are zeros. Eight lanes a row, each every eighth chunk.
-template <class T, int kDim>
-QKV_DEVICE void load_prefill_queries(const AttentionParams &params, const Piece &piece, PrefillShared<kDim> &shared) {
-  constexpr int kChunks = kDim / 64; // of a lane
-  const quantkv_half &k = params.op.cache.k;
-  const bool is_scaled = is_quantized(format_of(k)) && k.scale.channel_stride != 0;
-  const bool is_converted = FormatOf<T>::value == Format::F16 && (is_scaled || params.op.activation != QUANTKV_F16);
-  for (int row = warp_index() * 16 + lane_index() / 8; row < warp_index() * 16 + 16; row += 4) {
-    const bool exists = row < piece.rows();
-    const int token = piece.first_token + row / piece.num_heads, head = piece.first_head + row % piece.num_heads;
-    const uint16_t *from = static_cast<const uint16_t *>(params.op.query.data);
-    if (exists) from += row_index(params.op.query, token, head);
-    Words<4> words[kChunks];
-    QKV_UNROLL
-    for (int i = 0; i < kChunks; i++) {
-      int channel = 8 * (lane_index() % 8 + 8 * i);
-      words[i] = Words<4>{};
-      if (exists && channel < k.head_dim) words[i] = *reinterpret_cast<const Words<4> *>(from + channel);
-    }
-    float factor = 1.0f;
-    if (is_converted) {
-      float x[kChunks][8], top = 0.0f;
-      QKV_UNROLL
-      for (int i = 0; i < kChunks; i++) {
-        int channel = 8 * (lane_index() % 8 + 8 * i);
-        unpack_chunk(words[i], params.op.activation, x[i]);
-        QKV_UNROLL
-        for (int j = 0; j < 8; j++) {
-          if (is_scaled && channel < k.head_dim) x[i][j] *= static_scale(k.scale, piece.kv_head, channel + j);
-          uint32_t magnitude = bits_of(x[i][j]) & 0x7fffffffu;
-          if (magnitude < 0x7f800000u) top = maximum(top, float_of(magnitude));
-        }
-      }
-      QKV_UNROLL
-      for (int mask = 1; mask < 8; mask *= 2) top = maximum(top, shuffle_xor(top, mask));
-      // By exponents: the largest value to 2^14 .. 2^15.
-      uint32_t exponent = bits_of(top) >> 23;
-      if (exponent < 15) exponent = 15;
-      float to_range = float_of((127 + 14 + 127 - exponent) << 23);
-      factor = float_of((exponent - 14) << 23);
-      QKV_UNROLL
-      for (int i = 0; i < kChunks; i++) {
-        QKV_UNROLL
-        for (int j = 0; j < 4; j++) words[i].w[j] = pack_f16(x[i][2 * j] * to_range, x[i][2 * j + 1] * to_range);
-      }
-    }
-    QKV_UNROLL
-    for (int i = 0; i < kChunks; i++) {
-      *reinterpret_cast<Words<4> *>(chunk_of<kDim>(shared.query, row, lane_index() % 8 + 8 * i)) = words[i];
-    }
-    if (lane_index() % 8 == 0) shared.query_factors[row] = factor;
-  }
 }
 
 // ---- tiles of K and V
@@ -256,85 +188,6 @@ QKV_DEVICE void multiply_values(unsigned char *values, int v_head_dim, const flo
 
 // ---- softmax
 
-// The two rows a lane has: g and g + 8 of its warp's 16, where lane = 4g + t. In every eight keys it has 2t, 2t + 1.
-struct PrefillRows {
-  Visible visible[2];
-  float factor[2]; // of products, to scores in base 2
-  float slope[2];
-  float max[2];
-  float sum[2];    // of this lane's keys
-  float unit;      // accumulators are in this unit: a power of two not below any dynamic V scale met so far
-};
-
-QKV_DEVICE int prefill_row(int half) { return warp_index() * 16 + lane_index() / 4 + 8 * half; }
-
-template <int kDim>
-QKV_DEVICE PrefillRows start_prefill_rows(const AttentionParams &params, const Piece &piece,
-                                          const PrefillShared<kDim> &shared) {
-  const quantkv_half &k = params.op.cache.k;
-  PrefillRows rows;
-  float factor = params.score_factor;
-  if (is_quantized(format_of(k)) && k.scale.channel_stride == 0) factor *= static_scale(k.scale, piece.kv_head, 0);
-  QKV_UNROLL
-  for (int half = 0; half < 2; half++) {
-    int row = prefill_row(half);
-    bool exists = row < piece.rows();
-    rows.visible[half] = exists ? visible_to(params, piece.first_position + row / piece.num_heads) : Visible{0, -1};
-    rows.factor[half] = factor * shared.query_factors[row];
-    rows.slope[half] = exists ? alibi_slope(params, piece.first_head + row % piece.num_heads) : 0.0f;
-    rows.max[half] = negative_infinity();
-    rows.sum[half] = 0.0f;
-  }
-  rows.unit = params.op.cache.v.dynamic == nullptr ? 1.0f : 0.0f;
-  return rows;
-}
-
-// Products to scores in base 2; -inf where a key is not visible.
-template <int kKeys>
-QKV_DEVICE void score_tile(const AttentionParams &params, const PrefillRows &rows, int32_t first,
-                           const float *k_dynamic, const uint32_t *present, bool is_masked, float (&s)[kKeys / 8][4]) {
-  const int column = 2 * (lane_index() % 4);
-  if (params.op.cache.k.dynamic != nullptr) {
-    QKV_UNROLL
-    for (int n = 0; n < kKeys / 8; n++) {
-      QKV_UNROLL
-      for (int i = 0; i < 4; i++) s[n][i] *= k_dynamic[8 * n + column + i % 2];
-    }
-  }
-  QKV_UNROLL
-  for (int n = 0; n < kKeys / 8; n++) {
-    QKV_UNROLL
-    for (int i = 0; i < 4; i++) s[n][i] *= rows.factor[i / 2];
-  }
-  if (params.cap != 0.0f) {
-    QKV_UNROLL
-    for (int n = 0; n < kKeys / 8; n++) {
-      QKV_UNROLL
-      for (int i = 0; i < 4; i++) s[n][i] = params.cap * tanh_of(s[n][i]);
-    }
-  }
-  if (params.op.alibi_slopes != nullptr) {
-    QKV_UNROLL
-    for (int n = 0; n < kKeys / 8; n++) {
-      QKV_UNROLL
-      for (int i = 0; i < 4; i++) {
-        s[n][i] += rows.slope[i / 2] * static_cast<float>(first + 8 * n + column + i % 2 - rows.visible[i / 2].last);
-      }
-    }
-  }
-  if (is_masked) {
-    QKV_UNROLL
-    for (int n = 0; n < kKeys / 8; n++) {
-      uint32_t bits = present[n / 4] >> (n % 4 * 8 + column);
-      QKV_UNROLL
-      for (int i = 0; i < 4; i++) {
-        bool is_visible = rows.visible[i / 2](first + 8 * n + column + i % 2) && (bits >> (i % 2) & 1) != 0;
-        if (!is_visible) s[n][i] = negative_infinity();
-      }
-    }
-  }
-}
-
 // Scores to weights relative to the new max; the accumulators follow.
 template <int kKeys, int kTiles>
 QKV_DEVICE void weigh_tile(PrefillRows &rows, float rescale_unit, float (&s)[kKeys / 8][4], float (&o)[kTiles][4]) {
@@ -392,64 +245,6 @@ QKV_DEVICE void scale_weights(const PrefillRows &rows, const float *v_dynamic, f
   }
 }
 
-// ---- results
-
-template <int kDim>
-QKV_DEVICE void store_prefill_partial(const AttentionParams &params, const WorkList &list, const Piece &piece,
-                                      const PrefillRows &rows, const float (&o)[kDim / 8][4]) {
-  QKV_UNROLL
-  for (int half = 0; half < 2; half++) {
-    int row = prefill_row(half);
-    if (row >= piece.rows()) continue;
-    if (lane_index() % 4 == 0) store_partial_state(list, piece.slot, row, rows.max[half], rows.sum[half]);
-    float *values = partial_values(list, piece.slot, row) + 2 * (lane_index() % 4);
-    QKV_UNROLL
-    for (int c = 0; c < kDim / 8; c++) {
-      if (c * 8 >= params.op.cache.v.head_dim) break;
-      Words<2> pair = {{bits_of(o[c][2 * half] * rows.unit), bits_of(o[c][2 * half + 1] * rows.unit)}};
-      *reinterpret_cast<Words<2> *>(values + 8 * c) = pair;
-    }
-  }
-}
-
-// Each warp lays its rows where their queries were, and stores them from there in whole chunks.
-template <int kDim>
-QKV_DEVICE void store_prefill_output(const AttentionParams &params, const Piece &piece, const PrefillRows &rows,
-                                     const float (&o)[kDim / 8][4], PrefillShared<kDim> &shared) {
-  const quantkv_half &v = params.op.cache.v;
-  const int column = 2 * (lane_index() % 4);
-  sync_warp();
-  QKV_UNROLL
-  for (int half = 0; half < 2; half++) {
-    int row = prefill_row(half);
-    if (row >= piece.rows()) continue;
-    int token = piece.first_token + row / piece.num_heads, head = piece.first_head + row % piece.num_heads;
-    SoftmaxEnd end = end_of_row(params, head, rows.max[half], rows.sum[half]);
-    if (column == 0) store_lse(params, token, head, end.lse);
-    QKV_UNROLL
-    for (int c = 0; c < kDim / 8; c++) {
-      if (c * 8 >= v.head_dim) break;
-      float x[2];
-      QKV_UNROLL
-      for (int i = 0; i < 2; i++) {
-        float scale = rows.unit * static_scale(v, piece.kv_head, 8 * c + column + i);
-        x[i] = softmax_result(o[c][2 * half + i], end) * scale;
-      }
-      uint32_t pair = params.op.activation == QUANTKV_F16 ? pack_f16(x[0], x[1]) : pack_bf16(x[0], x[1]);
-      *reinterpret_cast<uint32_t *>(chunk_of<kDim>(shared.query, row, c) + 2 * column) = pair;
-    }
-  }
-  sync_warp();
-  for (int i = lane_index(); i < 16 * (kDim / 8); i += kWarp) {
-    int row = warp_index() * 16 + i / (kDim / 8), chunk = i % (kDim / 8);
-    if (row >= piece.rows() || chunk * 8 >= v.head_dim) continue;
-    int token = piece.first_token + row / piece.num_heads, head = piece.first_head + row % piece.num_heads;
-    uint16_t *to = static_cast<uint16_t *>(params.op.output.data) + row_index(params.op.output, token, head);
-    *reinterpret_cast<Words<4> *>(to + chunk * 8) =
-        *reinterpret_cast<const Words<4> *>(chunk_of<kDim>(shared.query, row, chunk));
-  }
-}
-
 // ---- a piece
 
 // Whether some row of the piece does not see some token of the tile.
@@ -479,14 +274,15 @@ QKV_DEVICE void attend_prefill(const AttentionParams &params, const WorkList &li
   sync_threads(); // the piece before is done with shared memory
   describe_tile(params, piece, first, block, 0, shared);
   block = block_entry<kKeys>(params, piece, first + kKeys);
-  load_prefill_queries<T>(params, piece, shared);
+  const auto query_chunk = [&](int row, int chunk) { return chunk_of<kDim>(shared.query, row, chunk); };
+  load_prefill_queries<T, kDim>(params, piece, query_chunk, shared.query_factors);
   sync_threads();
   copy_tile<kDim>(params, k, piece, first, shared.blocks[0], is_raw, k_copy);
   copy_async_commit();
   copy_tile<kDim>(params, v, piece, first, shared.blocks[0], is_raw, v_copy);
   copy_async_commit();
 
-  PrefillRows rows = start_prefill_rows(params, piece, shared);
+  PrefillRows rows = start_prefill_rows(params, piece, shared.query_factors);
   float o[kDim / 8][4];
   QKV_UNROLL
   for (int c = 0; c < kDim / 8; c++) {
@@ -548,7 +344,7 @@ QKV_DEVICE void attend_prefill(const AttentionParams &params, const WorkList &li
   if (piece.slot >= 0) {
     store_prefill_partial<kDim>(params, list, piece, rows, o);
   } else {
-    store_prefill_output<kDim>(params, piece, rows, o, shared);
+    store_prefill_output<kDim>(params, piece, rows, o, query_chunk);
   }
 }
 

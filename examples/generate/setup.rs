@@ -15,6 +15,7 @@ use rand::rngs::ChaCha12Rng;
 use rand::{Rng, SeedableRng};
 
 use crate::args::Args;
+use crate::bundled;
 use crate::common::device::{Device, Machine};
 use crate::common::program::Failure;
 use crate::scales;

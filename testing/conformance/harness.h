@@ -213,5 +213,6 @@ void test_conversions(Report &report, uint64_t step);
 void test_fp8(Report &report, uint64_t step);
 void test_matrix(Report &report, uint64_t step);
 void test_memory(Report &report, uint64_t step);
+void test_hopper(Report &report, uint64_t step);
 
 } // namespace conformance

@@ -1,6 +1,6 @@
 // Runs the conformance tests: conformance [--step N] [words]. Exit status 0: all as documented; 1: something is not.
 //   --step N   in sweeps over all f32, take every N-th (default: all on a device, a prime near 10^4 in the emulator)
-//   words      of: arithmetic conversions fp8 matrix memory
+//   words      of: arithmetic conversions fp8 matrix memory hopper
 #include "harness.h"
 
 namespace conformance {
@@ -49,7 +49,8 @@ int main(int argc, char **argv) {
     const char *name;
     void (*run)(Report &, uint64_t);
   } tests[] = {{"arithmetic", test_arithmetic}, {"conversions", test_conversions}, {"fp8", test_fp8},
-               {"matrix", test_matrix},         {"memory", test_memory}};
+               {"matrix", test_matrix},         {"memory", test_memory},
+               {"hopper", test_hopper}};
   Report report;
   for (const auto &test : tests) {
     bool wanted = words.empty();

@@ -147,6 +147,15 @@ inline void decode_e5m2x4(uint32_t codes, uint32_t &low, uint32_t &high) {
 
 // Each half of a word as f32.
 namespace simt {
+// to_f32 by a table.
+inline float f32_of_f16(uint16_t bits) {
+  static const std::vector<float> values = [] {
+    std::vector<float> all(1 << 16);
+    for (uint32_t code = 0; code < all.size(); code++) all[code] = to_f32(f16{static_cast<uint16_t>(code)});
+    return all;
+  }();
+  return values[bits];
+}
 inline float f16_half(uint32_t word, int half) { return to_f32(f16{static_cast<uint16_t>(word >> 16 * half)}); }
 inline float bf16_half(uint32_t word, int half) { return to_f32(bf16{static_cast<uint16_t>(word >> 16 * half)}); }
 } // namespace simt

@@ -43,6 +43,9 @@ struct Block {
   int size = 0;
   int at_barrier = 0;
   int done = 0;
+  struct {
+    int threads = 0, arrived = 0;
+  } named[16];
   Site barrier_site;
   uint64_t serial = 0; // counts every block ever run
   std::vector<Range> shared;
@@ -160,6 +163,8 @@ void run_lane() {
   current->state = State::Done;
   current->copies.clear(); // of copies that nobody waited for, nobody can see the result
   current->groups.clear();
+  current->products.clear();
+  current->product_groups.clear();
   block.done++;
   block.warps[current->index / kLanes].present &= ~(1u << current->index % kLanes);
   complete_collective(current->index / kLanes);
@@ -176,12 +181,15 @@ bool begin_block() {
   block.static_shared_bytes = 0;
   block.waited_for_previous = false;
   for (Warp &warp : block.warps) warp.present = warp.arrived = 0;
+  for (auto &barrier : block.named) barrier = {};
   for (int i = 0; i < block.size; i++) {
     Lane &lane = block.lanes[i];
     lane.index = i;
     lane.state = State::Ready;
     lane.copies.clear();
     lane.groups.clear();
+    lane.products.clear();
+    lane.product_groups.clear();
     block.warps[i / kLanes].present |= 1u << i % kLanes;
     if (!lane.fiber.restart(run_lane)) return false;
   }
@@ -253,6 +261,35 @@ void barrier(const Site &site) {
   current->state = State::AtBarrier;
   complete_barrier();
   if (current->state == State::AtBarrier) wait_in(State::AtBarrier, "sync_threads", site);
+}
+
+void wait_for(const void *object, const char *name, const Site &site) {
+  current->object = object;
+  wait_in(State::AtObject, name, site);
+}
+
+void wake(const void *object) {
+  for (int i = 0; i < block.size; i++) {
+    Lane &lane = block.lanes[i];
+    if (lane.state == State::AtObject && lane.object == object) lane.state = State::Ready;
+  }
+}
+
+void named_barrier(int id, int threads, bool waits, const Site &site) {
+  if (id < 1 || id > 15 || threads % kLanes != 0) {
+    fail(Fault::LaunchFailure, "named barrier %d of %d threads at %s", id, threads, text_of(site).c_str());
+  }
+  auto &barrier = block.named[id];
+  if (barrier.arrived > 0 && barrier.threads != threads) {
+    fail(Fault::LaunchFailure, "named barrier %d at %s is for %d threads, others say %d", id, text_of(site).c_str(), threads, barrier.threads);
+  }
+  barrier.threads = threads;
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
+    wake(&barrier);
+  } else if (waits) {
+    wait_for(&barrier, "named_barrier_sync", site);
+  }
 }
 
 void rendezvous(const char *name, const Site &site, Complete complete, bool aligned) {

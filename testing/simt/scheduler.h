@@ -52,7 +52,13 @@ struct AsyncCopy {
   const void *global; // null: zeros
 };
 
-enum class State : uint8_t { Ready, AtCollective, AtBarrier, Done };
+// A product of a warpgroup (prim_hopper.h), issued and not yet done.
+struct PendingProduct {};
+struct alignas(8) PendingProductSpace {
+  unsigned char bytes[80];
+};
+
+enum class State : uint8_t { Ready, AtCollective, AtBarrier, AtObject, Done };
 
 // One CUDA thread.
 struct Lane {
@@ -65,6 +71,9 @@ struct Lane {
   alignas(16) unsigned char result[64];
   std::vector<AsyncCopy> copies; // issued and not yet done, oldest first
   std::vector<size_t> groups;    // of those, how many belong to each committed group
+  std::vector<PendingProductSpace> products; // the same of products
+  std::vector<size_t> product_groups;
+  const void *object = nullptr; // what it waits for, AtObject
 };
 
 template <class T> const T &Deposits::operand(int lane) const { return *reinterpret_cast<const T *>(lanes[lane].operand); }
@@ -86,6 +95,11 @@ extern unsigned char *dynamic_shared;
 
 // Waits for every thread of the block that has not returned.
 void barrier(const Site &site);
+// Waits until another thread of the block calls wake() with the same address.
+void wait_for(const void *object, const char *name, const Site &site);
+void wake(const void *object);
+// Counts this thread at barrier `id` of the block, and with `waits` waits until `threads` are counted.
+void named_barrier(int id, int threads, bool waits, const Site &site);
 // Waits for every lane of the warp that has not returned; `complete` is run once, by the last to arrive. With
 // `aligned`, lanes that have returned are a fault, as the instruction does not allow it.
 void rendezvous(const char *name, const Site &site, Complete complete, bool aligned);

@@ -1,0 +1,221 @@
+// The producers of the prefill kernel: K and V from their blocks to the slots of the ring, as f16 or bf16.
+// See paged_attention_prefill.h.
+#pragma once
+#include "prefill_shared.h"
+
+namespace quantkv {
+
+#if QKV_HAS_WARPGROUP_PRODUCTS
+
+// A producer warp has kHopperRowsOfWarp keys of every tile, of K or of V.
+QKV_DEVICE int producer_warp() { return warp_index() - kHopperConsumerWarps; }
+QKV_DEVICE bool produces_keys() { return producer_warp() < kHopperWarpsOfFill; }
+QKV_DEVICE int first_produced_row() { return producer_warp() % kHopperWarpsOfFill * kHopperRowsOfWarp; }
+
+QKV_DEVICE uint64_t shuffle_64(uint64_t value, int lane) {
+  return static_cast<uint64_t>(shuffle(static_cast<uint32_t>(value >> 32), lane)) << 32 |
+         shuffle(static_cast<uint32_t>(value), lane);
+}
+
+// Where a warp's rows of K or of V lie. Lane l knows the block of rows 8 (l % kGroups) .. + 8; the table is read a tile
+// ahead, and what it says is looked at when its turn comes. kBytes: of an element.
+template <int kBytes, int kPanels> struct RowSource {
+  static constexpr int32_t kHole = -1;   // the table names no block of the cache
+  static constexpr int32_t kUnseen = -2; // no query sees these rows
+  static constexpr int kGroups = kHopperRowsOfWarp / 8;
+  static constexpr int kLanes = 4 * kBytes, kRowsAtOnce = kWarp / kLanes; // lanes that share the 64 channels of a panel
+
+  const AttentionParams &params;
+  const quantkv_half &half;
+  int32_t begin, end;        // positions that are seen, from this warp's first row of a tile at 0 on
+  const int32_t *table;      // of the sequence
+  const unsigned char *head; // of block 0, where this lane's channels of its row of a panel begin
+  int64_t panel_bytes[kPanels];
+
+  QKV_DEVICE RowSource(const AttentionParams &params, const quantkv_half &half, const Piece &piece)
+      : params(params), half(half), begin(piece.begin - first_produced_row()), end(piece.end - first_produced_row()),
+        table(params.op.block_tables + piece.seq * params.op.block_table_stride) {
+    const int lane = forget(lane_index()), channel = lane % kLanes * (16 / kBytes);
+    head = static_cast<const unsigned char *>(half.codes) +
+           (row_index(half.map, 0, piece.kv_head, lane / kLanes) + channel_index(half, channel)) * kBytes;
+    QKV_UNROLL
+    for (int panel = 0; panel < kPanels; panel++) {
+      panel_bytes[panel] = (channel_index(half, 64 * panel + channel) - channel_index(half, channel)) * kBytes;
+    }
+  }
+  QKV_DEVICE bool is_seen(int32_t tile) const {
+    const int32_t at = tile + lane_index() % kGroups * 8;
+    return at + 8 > begin && at < end;
+  }
+  QKV_DEVICE int32_t entry_of(int32_t tile) const {
+    if (!is_seen(tile)) return kUnseen;
+    return table[(tile + first_produced_row() + lane_index() % kGroups * 8) >> params.paging.block_shift];
+  }
+  QKV_DEVICE int32_t block_of_entry(int32_t entry, int32_t tile) const {
+    if (!is_seen(tile)) return kUnseen;
+    return checked_block(params.paging, entry) ? entry : kHole;
+  }
+  // Starts copying the rows in the background, 16 bytes a lane: row i * kRowsAtOnce + lane / kLanes of the warp to
+  // to(i, panel). Zeros where nobody sees a row, or there is none.
+  template <class To> QKV_DEVICE void copy(int32_t tile, int32_t block, To to) const {
+    const int32_t position = tile + first_produced_row() + lane_index() % kGroups * 8;
+    const int32_t slot = position & (params.paging.block_size() - 1);
+    const int64_t place = block < 0 ? -1 : (block * half.map.block_stride + slot * half.map.slot_stride) * kBytes;
+    const int64_t row_bytes = half.map.slot_stride * kBytes;
+    const uint32_t before = static_cast<uint32_t>(begin - tile - lane_index() / kLanes);
+    const uint32_t seen = static_cast<uint32_t>(end - begin);
+    QKV_UNROLL
+    for (int i = 0; i < kHopperRowsOfWarp / kRowsAtOnce; i++) {
+      const int row = i * kRowsAtOnce;
+      const int64_t group = static_cast<int64_t>(shuffle_64(static_cast<uint64_t>(place), row / 8));
+      const bool is_there = group >= 0 && static_cast<uint32_t>(row) - before < seen;
+      const unsigned char *from = head + (is_there ? group + row % 8 * row_bytes : 0);
+      QKV_UNROLL
+      for (int panel = 0; panel < kPanels; panel++) copy_async_16(to(i, panel), from + panel_bytes[panel], is_there);
+    }
+  }
+};
+
+// The ring's number of tile j's K or V, of `tiles`, after the piece's first.
+QKV_DEVICE uint32_t fill_of_tile(bool is_key, int32_t j, int32_t tiles) {
+  const int32_t fill = is_key ? larger_of(0, 2 * j - 1) : smaller_of(2 * j + 2, 2 * tiles - 1);
+  return static_cast<uint32_t>(fill);
+}
+
+// Notes blocks that are missing, a bit for each 8 rows: of K only, as its scores are masked then.
+QKV_DEVICE void store_holes(unsigned char (&holes)[4], uint32_t bits) {
+  constexpr int kBytes = kHopperRowsOfWarp / 32;
+  const int lane = lane_index();
+  if (lane < kBytes) {
+    holes[producer_warp() * kBytes + lane] = static_cast<unsigned char>(bits >> 4 * lane & 0xf);
+  }
+}
+
+// The warp says that a slot is full.
+QKV_DEVICE void slot_is_full(uint64_t *full) {
+  sync_warp();
+  if (lane_index() == 0) phase_barrier_arrive(full);
+}
+
+// 8-bit codes: copied in the background, a tile ahead, to where the thread that asked for them finds them again; then
+// decoded to the slot. A lane has 16 channels of a row: what eight lanes store meets all banks.
+template <int kDim>
+QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece, int32_t tiles, uint32_t first_fill,
+                              HopperShared<kDim> &shared) {
+  constexpr int kPanels = kDim / 64, kLoads = kHopperRowsOfWarp / 8 * kPanels, kStride = kHopperProducers * 16;
+  const bool is_key = produces_keys();
+  const quantkv_half &half = is_key ? params.op.cache.k : params.op.cache.v;
+  using Source = RowSource<1, kPanels>;
+  const Source source(params, half, piece);
+  unsigned char *const codes = shared.codes[0][0] + (thread_index() - kHopperConsumers) * 16;
+  // Of this lane's first chunk in row lane / 4 of the warp's first eight; the second is its neighbour.
+  const int offset = panel_offset(first_produced_row() + lane_index() / 4, lane_index() % 4 * 2);
+
+  int32_t tile = first_tile_of(piece);
+  int32_t block = source.block_of_entry(source.entry_of(tile), tile), entry = source.entry_of(tile + kHopperKeys);
+  const auto copy = [&](int stage) {
+    source.copy(tile, block,
+                [&](int i, int panel) { return codes + (stage * kLoads + i * kPanels + panel) * kStride; });
+  };
+  copy(0);
+  copy_async_commit();
+  QKV_NO_UNROLL
+  for (int32_t j = 0; j < tiles; j++) {
+    const uint32_t holes = ballot(block == Source::kHole);
+    if (j + 1 < tiles) {
+      tile += kHopperKeys;
+      block = source.block_of_entry(entry, tile);
+      entry = source.entry_of(tile + kHopperKeys);
+      copy((j + 1) % 2);
+    }
+    copy_async_commit();
+    const RingPosition ring = {first_fill + fill_of_tile(is_key, j, tiles)};
+    phase_barrier_wait(&shared.empty[ring.slot()], ring.parity() ^ 1);
+    if (is_key) store_holes(shared.holes[ring.slot()], holes);
+    copy_async_wait<1>();
+    unsigned char *even = shared.slots[ring.slot()][0] + offset, *odd = shared.slots[ring.slot()][0] + (offset ^ 16);
+    dispatch_format(format_of(half), [&](auto tag) {
+      constexpr Format F = decltype(tag)::value;
+      if constexpr (is_quantized(F)) {
+        QKV_UNROLL
+        for (int first = 0; first < kLoads; first += 4) {
+          Words<4> raw[4];
+          QKV_UNROLL
+          for (int i = 0; i < 4; i++) {
+            raw[i] = *reinterpret_cast<const Words<4> *>(codes + (j % 2 * kLoads + first + i) * kStride);
+          }
+          QKV_UNROLL
+          for (int i = 0; i < 4; i++) {
+            const int load = first + i, at = (load % kPanels * kHopperKeys + load / kPanels * 8) * kPanelRow;
+            Words<4> low, high;
+            decode4_to_f16<F>(raw[i].w[0], low.w[0], low.w[1]);
+            decode4_to_f16<F>(raw[i].w[1], low.w[2], low.w[3]);
+            decode4_to_f16<F>(raw[i].w[2], high.w[0], high.w[1]);
+            decode4_to_f16<F>(raw[i].w[3], high.w[2], high.w[3]);
+            *reinterpret_cast<Words<4> *>(even + at) = low;
+            *reinterpret_cast<Words<4> *>(odd + at) = high;
+          }
+        }
+      }
+    });
+    slot_is_full(&shared.full[ring.slot()]);
+  }
+}
+
+// 16-bit elements: copied to the slot in the background; it is said to be full when the next one is on its way.
+template <int kDim>
+QKV_DEVICE void produce_copies(const AttentionParams &params, const Piece &piece, int32_t tiles, uint32_t first_fill,
+                               HopperShared<kDim> &shared) {
+  constexpr int kPanels = kDim / 64;
+  const bool is_key = produces_keys();
+  using Source = RowSource<2, kPanels>;
+  const Source source(params, is_key ? params.op.cache.k : params.op.cache.v, piece);
+  // Of this lane's chunk in row lane / 8 of the warp's first four, and of every other four on; between those.
+  const int offset = panel_offset(first_produced_row() + lane_index() / 8, lane_index() % 8);
+  int32_t tile = first_tile_of(piece), entry = source.entry_of(tile);
+  RingPosition before = {first_fill};
+  QKV_NO_UNROLL
+  for (int32_t j = 0; j < tiles; j++, tile += kHopperKeys) {
+    const int32_t block = source.block_of_entry(entry, tile);
+    entry = source.entry_of(tile + kHopperKeys);
+    const RingPosition ring = {first_fill + fill_of_tile(is_key, j, tiles)};
+    phase_barrier_wait(&shared.empty[ring.slot()], ring.parity() ^ 1);
+    if (is_key) store_holes(shared.holes[ring.slot()], ballot(block == Source::kHole));
+    unsigned char *even = shared.slots[ring.slot()][0] + offset, *odd = shared.slots[ring.slot()][0] + (offset ^ 64);
+    source.copy(tile, block, [&](int i, int panel) {
+      return (i % 2 == 0 ? even : odd) + (panel * kHopperKeys + 4 * i) * kPanelRow;
+    });
+    copy_async_commit();
+    if (j > 0) {
+      copy_async_wait<1>();
+      slot_is_full(&shared.full[before.slot()]);
+    }
+    before = ring;
+  }
+  copy_async_wait<0>();
+  slot_is_full(&shared.full[before.slot()]);
+}
+
+template <bool kIsCodes, int kDim>
+QKV_DEVICE void produce(const AttentionParams &params, const WorkList &list, HopperShared<kDim> &shared) {
+  const bool steps = thread_index() == kHopperConsumers; // of K, whose last tile is done first
+  uint32_t fill = 0;
+  for (uint32_t n = 0;; n++) {
+    if (steps) step_pieces(params, list, n, shared);
+    sync_warp();
+    const Piece *piece = piece_of(n, shared);
+    if (piece == nullptr) break;
+    const int32_t tiles = tiles_of(*piece);
+    if constexpr (kIsCodes) {
+      produce_codes<kDim>(params, *piece, tiles, fill, shared);
+    } else {
+      produce_copies<kDim>(params, *piece, tiles, fill, shared);
+    }
+    fill += static_cast<uint32_t>(2 * tiles);
+    piece_is_done(n, shared);
+  }
+}
+
+#endif // QKV_HAS_WARPGROUP_PRODUCTS
+
+} // namespace quantkv
