@@ -231,7 +231,9 @@ fn files_say_the_same_as_the_output() {
         let fields: Vec<String> = format!("{}-{}", quoted[0], quoted[2]).split(',').map(str::to_owned).collect();
         assert_eq!(fields.len(), columns.len(), "{line}");
         let expected = row(report, &fields[name])["mean_kl"].as_f64().unwrap_or(f64::INFINITY);
-        assert_eq!(fields[mean].parse::<f64>().unwrap(), expected, "{line}");
+        // The JSON reader here may be off by the last bit.
+        let written: f64 = fields[mean].parse().unwrap();
+        assert!(written == expected || (written - expected).abs() <= 2.0 * f64::EPSILON * expected, "{line}");
         count += 1;
     }
     assert_eq!(count, 21);
