@@ -289,6 +289,7 @@ impl Weights {
     }
 
     /// Bytes of all tensors: what an index calls `total_size`.
+    #[cfg(feature = "decoder")]
     pub(crate) fn tensor_bytes(&self) -> usize {
         let bits = |entry: &Entry| entry.shape.iter().product::<usize>().saturating_mul(entry.dtype.bitsize());
         self.entries.values().map(|entry| bits(entry) / 8).fold(0, usize::saturating_add)
