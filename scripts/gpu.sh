@@ -242,9 +242,11 @@ sanitizers() {
     for tool in initcheck synccheck; do
         step "$tool-bench" 100 "${run[@]}" --tool "$tool" "$bench" --verify-only
     done
-    # Not prefill: racecheck does not see that one lane arrives at a barrier in shared memory for its whole warp.
+    # Neither prefill nor the instructions it is made of: racecheck takes accesses that arrivals order (one lane at a
+    # barrier in shared memory for its warp, bar.arrive before another group's bar.sync) for races.
     step racecheck-bench 100 "${run[@]}" --tool racecheck "$bench" --verify-only decode schedule cache_write copy_blocks
-    step racecheck-conformance 60 "${run[@]}" --tool racecheck "$gpu/conformance" --step 1000003
+    step racecheck-conformance 60 "${run[@]}" --tool racecheck "$gpu/conformance" --step 1000003 \
+        arithmetic conversions fp8 matrix memory
 }
 
 # The counters of one launch of each operation that the words select.
