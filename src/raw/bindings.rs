@@ -186,7 +186,7 @@ pub struct quantkv_cache_write {
     pub key: quantkv_rows,
     #[doc = "in  [num_tokens.., num_kv_heads, v.head_dim]"]
     pub value: quantkv_rows,
-    #[doc = "device [num_tokens]; negative = skip"]
+    #[doc = "device [num_tokens]; negative = skip. Of tokens on one slot any may win, element by\nelement: give each its own"]
     pub slot_mapping: *const i64,
     pub num_tokens: i64,
     #[doc = "quantkv_format of key and value: F32, F16 or BF16"]
