@@ -31,7 +31,7 @@ fi
 
 mkdir -p artifacts "$work/corpus"
 status=0
-"$fuzzer" "$work/corpus" seeds/checkpoint -dict=checkpoint.dict -max_total_time="$seconds" -max_len=16384 -timeout=10 \
+"$fuzzer" "$work/corpus" seeds/checkpoint -dict=checkpoint.dict -max_total_time="$seconds" -seed=2026 -max_len=16384 -timeout=10 \
     -rss_limit_mb=2048 -artifact_prefix=artifacts/ -print_final_stats=1 >"$work/log" 2>&1 || status=$?
 grep -E 'INITED|DONE|^stat::number_of_executed_units|^stat::average_exec' "$work/log" || true
 if [ "$status" != 0 ]; then

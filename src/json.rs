@@ -54,10 +54,15 @@ pub(crate) fn kind(value: &Value) -> String {
     }
 }
 
-/// The first 80 characters, none of them a control character: values from a hostile file end up in one
-/// line of an error.
+/// None of the characters a control character: what a hostile file says ends up in one line of an error.
+pub(crate) fn one_line(s: &str) -> String {
+    s.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c }).collect()
+}
+
+/// The first 80 characters of [`one_line`].
 pub(crate) fn shorten(s: &str) -> String {
-    let mut chars = s.chars().map(|c| if c.is_control() { char::REPLACEMENT_CHARACTER } else { c });
+    let s = one_line(s);
+    let mut chars = s.chars();
     let mut short: String = chars.by_ref().take(80).collect();
     if chars.next().is_some() {
         short.push('…');

@@ -282,6 +282,11 @@ fn messages_are_one_line() {
         json!({"quant_method": "quark", "layer_quant_config": {"\n*k_proj": {"output_tensors": {"dtype": "a\nb"}}}});
     folder.write("config.json", config(quark).to_string());
     check_message(&folder.refused(), &["config.json"]);
+    folder.write("config.json", config(Value::Null).to_string());
+    std::fs::rename(folder.path().join("model.safetensors"), folder.path().join("a.safe\ntensors")).unwrap();
+    let map = json!({"model.layers.0.self_attn.k_scale": "a.safe\ntensors"});
+    folder.write("model.safetensors.index.json", json!({"weight_map": map}).to_string());
+    check_message(&folder.refused(), &["model.safetensors.index.json", "weight_map"]);
 }
 
 /// Every file of the real checkpoints, and a scales file.

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 #[cfg(feature = "decoder")]
 use crate::format::Pod;
 use crate::format::{DType, Element};
-use crate::json::{read_limited, shorten};
+use crate::json::{one_line, read_limited, shorten};
 
 #[cfg(target_endian = "big")]
 compile_error!("safetensors are little-endian and are used where they lie");
@@ -360,7 +360,9 @@ fn read_header(file: &MappedFile) -> Result<(usize, Metadata)> {
             return Err(invalid(reason));
         }
     }
-    let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| invalid(format!("is not valid: {error}")))?;
+    // The library's words name tensors as the file does, control characters and all.
+    let (_, metadata) = SafeTensors::read_metadata(bytes)
+        .map_err(|error| invalid(format!("is not valid: {}", one_line(&error.to_string()))))?;
     Ok((header_end, metadata))
 }
 
@@ -383,6 +385,7 @@ fn is_plain_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     matches!(components.next(), Some(Component::Normal(only)) if only == name)
         && components.next().is_none()
+        && !name.contains(char::is_control) // an error that names it is one line
         && !name.contains(['/', '\\', ':'])
 }
 

@@ -32,7 +32,8 @@ QKV_DEVICE uint16_t &panel_at(unsigned char *panels, int rows, int row, int colu
   return *reinterpret_cast<uint16_t *>(panel + panel_offset(row, column % 64 / 8) + column % 8 * 2);
 }
 
-template <class Sums> QKV_DEVICE void store_sums(const Sums &sums, int columns, float *out) {
+template <size_t kTiles> QKV_DEVICE void store_sums(const float (&sums)[kTiles][4], float *out) {
+  constexpr int columns = 8 * static_cast<int>(kTiles);
   const int lane = lane_index(), row = warp_index() % 4 * 16 + lane / 4;
   for (int j = 0; j < columns / 8; j++) {
     for (int i = 0; i < 4; i++) out[(row + 8 * (i / 2)) * columns + 8 * j + lane % 4 * 2 + i % 2] = sums[j][i];
@@ -71,7 +72,7 @@ template <bool Bf16> QKV_KERNEL void by_rows_kernel(const uint16_t *a, const uin
     products_commit();
   }
   products_wait<0>(sums);
-  store_sums(sums, 128, out);
+  store_sums(sums, out);
 #endif
 }
 
@@ -109,7 +110,7 @@ template <bool Bf16, int N> QKV_KERNEL void by_columns_kernel(const uint16_t *a,
   }
   products_commit();
   products_wait<0>(sums);
-  store_sums(sums, N, out);
+  store_sums(sums, out);
 #endif
 }
 
