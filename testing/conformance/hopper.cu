@@ -73,6 +73,8 @@ template <bool Bf16> QKV_KERNEL void by_rows_kernel(const uint16_t *a, const uin
   }
   products_wait<0>(sums);
   store_sums(sums, out);
+#else
+  (void)a, (void)b, (void)out, (void)adds;
 #endif
 }
 
@@ -111,6 +113,8 @@ template <bool Bf16, int N> QKV_KERNEL void by_columns_kernel(const uint16_t *a,
   products_commit();
   products_wait<0>(sums);
   store_sums(sums, out);
+#else
+  (void)a, (void)b, (void)out;
 #endif
 }
 
@@ -208,6 +212,8 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(2 * kGroup, 1) ring_kernel(uint32_t *out, uint
     if (thread == 0) turns[turn * 2 + group] = slots->counter++;
     if (group == 0 || turn != kTurns - 1) named_barrier_arrive(1 + (group ^ 1), 2 * kGroup);
   }
+#else
+  (void)out, (void)turns;
 #endif
 }
 
