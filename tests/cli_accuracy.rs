@@ -1,13 +1,14 @@
 //! The `accuracy` example as a program: that the order of its rows is what it must be, what it prints and
 //! writes, and that whatever is wrong ends in one line on stderr and exit code 2.
-//!
-//! As `cli_generate`, it uses the example that `cargo test` has built, or builds it if there is none.
+
+mod cli_support;
 
 use std::fs;
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::PathBuf;
+use std::process::Output;
 use std::sync::OnceLock;
 
+use cli_support::{command, root, temp_dir};
 use serde_json::{Value, json};
 
 /// A few seconds of measuring.
@@ -28,37 +29,8 @@ const SMALL: &[&str] = &[
     "20",
 ];
 
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn accuracy() -> Command {
-    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    let program = PROGRAM.get_or_init(|| {
-        let exe = std::env::current_exe().unwrap();
-        let profile = exe.parent().and_then(Path::parent).unwrap();
-        let program = profile.join("examples").join(format!("accuracy{}", std::env::consts::EXE_SUFFIX));
-        if !program.exists() {
-            let mut cargo = Command::new(env!("CARGO"));
-            cargo.current_dir(root()).args(["build", "--example", "accuracy", "--target-dir"]);
-            cargo.arg(profile.parent().unwrap());
-            if profile.ends_with("release") {
-                cargo.arg("--release");
-            }
-            if cfg!(feature = "cuda") {
-                cargo.args(["--features", "cuda"]);
-            }
-            assert!(cargo.status().unwrap().success(), "the example could not be built");
-        }
-        program
-    });
-    let mut command = Command::new(program);
-    command.current_dir(root()).stdin(Stdio::null());
-    command
-}
-
 fn run(args: &[&str]) -> Output {
-    accuracy().args(args).output().unwrap()
+    command("accuracy").args(args).output().unwrap()
 }
 
 /// Standard output of a run that must succeed and have nothing to complain about.
@@ -74,13 +46,6 @@ fn json_of(args: &[&str]) -> Value {
     let stdout = text(&[args, &["--json"]].concat());
     assert_eq!(stdout.trim_end().lines().count(), 1, "one object on one line");
     serde_json::from_str(&stdout).unwrap()
-}
-
-fn temp_dir(name: &str) -> PathBuf {
-    let dir = std::env::temp_dir().join(format!("quantkv-accuracy-{}-{name}", std::process::id()));
-    let _ = fs::remove_dir_all(&dir);
-    fs::create_dir_all(&dir).unwrap();
-    dir
 }
 
 fn row<'a>(report: &'a Value, name: &str) -> &'a Value {
