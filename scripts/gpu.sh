@@ -55,8 +55,10 @@ build() {
             strip -o "$gpu/release/deps/$name" "$path"
         done
     fi
-    cargo build --locked --release --features cuda --example generate
-    strip -o "$gpu/release/examples/generate" "${CARGO_TARGET_DIR:-target}/release/examples/generate"
+    cargo build --locked --release --features cuda --example generate --example calibrate --example accuracy
+    for name in generate calibrate accuracy; do
+        strip -o "$gpu/release/examples/$name" "${CARGO_TARGET_DIR:-target}/release/examples/$name"
+    done
     executables --bench cuda | while read -r name path; do
         strip -o "$gpu/release/deps/bench-$name" "$path"
     done
@@ -76,7 +78,7 @@ build() {
 
     if [ "${1:-}" = --alone ]; then
         mkdir -p "$gpu/tree"
-        cp -a --parents csrc tests/fixtures models examples scripts "$gpu/tree"
+        cp -a --parents csrc tests/fixtures models examples scripts README.md "$gpu/tree"
         touch "$gpu/tree/made-by-gpu.sh"
     fi
     pack
@@ -214,6 +216,7 @@ tests() {
         text() { "$0" --activations f32 --temperature 0 --max-tokens 60 --json "$@" | grep -o "\"text\":\"[^\"]*\""; }
         cpu=$(text --device cpu) && cuda=$(text --device cuda) && echo "$cpu" && echo "$cuda" && [ "$cpu" = "$cuda" ]
     ' "$gpu/release/examples/generate"
+    keep=40 step programs 100 python3 "$root/scripts/check_programs.py" "$gpu/release/examples" cuda
 }
 
 # Decode steps of a model of 8 billion made-up weights, over caches of bf16 and of FP8.
