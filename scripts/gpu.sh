@@ -237,7 +237,7 @@ sanitizers() {
     command -v compute-sanitizer >/dev/null || { rows+=("sanitizers                         SKIPPED   no compute-sanitizer"); return; }
     local run=(env PROPTEST_CASES=4 compute-sanitizer --error-exitcode 9 --print-limit 20 --report-api-errors no)
     step memcheck-bench 100 "${run[@]}" --tool memcheck "$bench" --verify-only
-    for name in hostile_data hostile_ops cuda; do
+    for name in hostile_data cuda; do
         [ -x "$gpu/release/deps/$name" ] || continue
         step "memcheck-$name" 120 "${run[@]}" --tool memcheck "$gpu/release/deps/$name" --test-threads 1
     done
