@@ -9,7 +9,7 @@
 //   thread_index() .. grid_size_z()      blocks of threads are one-dimensional, grids have three dimensions
 //   sync_threads(), sync_warp()          barriers of the block, of the warp
 //   shuffle*, ballot, any                warp collectives; every lane of the warp takes part
-//   atomic_*                             relaxed, device-wide; atomic_add_ordered also orders what is around it
+//   atomic_*                             relaxed, device-wide; prim.h has one that orders
 #pragma once
 
 #define QKV_UNROLL _Pragma("unroll")
@@ -66,17 +66,6 @@ QKV_DEVICE bool any(bool predicate) { return __any_sync(0xffffffffu, predicate) 
 
 QKV_DEVICE void atomic_or(uint32_t *word, uint32_t bits) { atomicOr(word, bits); }
 QKV_DEVICE uint32_t atomic_add(uint32_t *word, uint32_t value) { return atomicAdd(word, value); }
-// What this thread, or threads behind a barrier before it, have written is there for whoever counts later, and for
-// threads behind a barrier after that.
-QKV_DEVICE uint32_t atomic_add_ordered(uint32_t *word, uint32_t value) {
-  uint32_t before;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
-#else
-  before = atomicAdd(word, value);
-#endif
-  return before;
-}
 // For values that are not negative and not NaN: their bits order as integers do.
 QKV_DEVICE void atomic_max_nonnegative(float *value, float x) {
   atomicMax(reinterpret_cast<int *>(value), __float_as_int(x));

@@ -270,6 +270,17 @@ QKV_DEVICE int32_t load_unsettled(const int32_t *p) {
   return word;
 }
 
+// What this thread, or threads behind a barrier before it, have written is there for whoever counts later, and for
+// threads behind a barrier after that.
+QKV_DEVICE uint32_t atomic_add_ordered(uint32_t *word, uint32_t value) {
+  uint32_t before;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
+#else
+  before = atomicAdd(word, value);
+#endif
+  return before;
+}
 // 16 bytes from global to shared memory, in the background; zeros if not `valid`, and then nothing is read.
 // Below sm_80 the copy is done at once.
 QKV_DEVICE void copy_async_16(void *shared, const void *global, bool valid) {

@@ -94,7 +94,6 @@ inline uint32_t atomic_add(uint32_t *word, uint32_t value) {
   *word = before + value;
   return before;
 }
-inline uint32_t atomic_add_ordered(uint32_t *word, uint32_t value) { return atomic_add(word, value); }
 // Compares bits, as the device does: a negative or NaN argument shows.
 inline void atomic_max_nonnegative(float *value, float x) {
   simt::check_aligned("atomic_max_nonnegative", value, sizeof *value);

@@ -294,6 +294,8 @@ inline int32_t load_unsettled(const int32_t *p) {
   return *p;
 }
 
+inline uint32_t atomic_add_ordered(uint32_t *word, uint32_t value) { return atomic_add(word, value); }
+
 inline void copy_async_16(void *shared, const void *global, bool valid) {
   simt::check_aligned("copy_async_16, destination", shared, 16);
   simt::check_shared("copy_async_16, destination", shared, 16);
