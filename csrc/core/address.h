@@ -60,9 +60,12 @@ inline Paging paging_of(const quantkv_cache &cache) {
   return Paging{cache.num_blocks, shift, cache.num_kv_heads, cache.faults};
 }
 
-// Whether a block id lies in the cache; a fault if not.
+// Whether a block id lies in the cache.
+QKV_DEVICE bool is_block(const Paging &paging, int64_t id) { return id >= 0 && id < paging.num_blocks; }
+
+// The same; a fault if not.
 QKV_DEVICE bool checked_block(const Paging &paging, int64_t id) {
-  bool inside = id >= 0 && id < paging.num_blocks;
+  bool inside = is_block(paging, id);
   if (!inside) set_fault(paging.faults, QUANTKV_FAULT_BLOCK);
   return inside;
 }

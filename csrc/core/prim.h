@@ -255,6 +255,32 @@ QKV_DEVICE Words<1> load_stream(const Words<1> *p) {
   return r;
 }
 
+// Asks for the line of L2 that holds *p. Moves no data to the SM and changes nothing a thread can see: what the line
+// holds when it is read counts, not what it held now. (sm_80 here: before, the hint costs more than it gives.)
+QKV_DEVICE void prefetch_l2(const void *p) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+#endif
+}
+
+// A word that another kernel may be writing: whatever it is now, and nothing of it stays in L1.
+QKV_DEVICE int32_t load_unsettled(const int32_t *p) {
+  int32_t word;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(word) : "l"(p));
+  return word;
+}
+
+// What this thread, or threads behind a barrier before it, have written is there for whoever counts later, and for
+// threads behind a barrier after that.
+QKV_DEVICE uint32_t atomic_add_ordered(uint32_t *word, uint32_t value) {
+  uint32_t before;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
+#else
+  before = atomicAdd(word, value);
+#endif
+  return before;
+}
 // 16 bytes from global to shared memory, in the background; zeros if not `valid`, and then nothing is read.
 // Below sm_80 the copy is done at once.
 QKV_DEVICE void copy_async_16(void *shared, const void *global, bool valid) {

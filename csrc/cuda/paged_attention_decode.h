@@ -60,7 +60,7 @@ struct CountDecodeBlocks {
   template <Format F, int D, int RowTiles, bool Dynamic> int run() {
     using Shape = DecodeShape<F, D, RowTiles, Dynamic>;
     constexpr int reserved = 1024; // by the system, a block
-    int each = Shape::kSharedBytes + static_cast<int>(sizeof(DecodeQuery<Shape>) + Shape::kWarps * sizeof(DecodeWork) + sizeof(PendingMerges)) + reserved;
+    int each = Shape::kSharedBytes + static_cast<int>(2 * sizeof(DecodeQuery<Shape>) + Shape::kWarps * sizeof(DecodeWork) + sizeof(PendingMerges)) + reserved;
     blocks = (device.max_shared_bytes + reserved) / each;
     const int32_t most = Shape::blocks_on(device.compute_capability);
     if (blocks > most) blocks = most;

@@ -7,8 +7,8 @@
 //   unit    the cost of a tile. A (group, column) is `piece_cost` units, for starting and ending it, and then one for
 //           each tile; the work is the units in the order group, column, tile
 //
-// Worker w (a block of a persistent grid) does the units starts[w].unit .. starts[w+1].unit. What it does of one
-// (group, column) is a *piece*. A piece that is all of it is finished at once; another one leaves its softmax state in
+// Worker w (a block of a persistent grid) does starts[w].units units, from the place on that is said there. What it does
+// of one (group, column) is a *piece*. A piece that is all of it is finished at once; another one leaves its softmax state in
 // a slot of the workspace (two a worker: for its first piece and for its last one), and the
 // pieces are combined in order, by the merge kernel or by whoever is the last to finish one. Which worker does what depends on the lengths and the device, never on timing.
 //
@@ -19,7 +19,7 @@
 // A call has up to two work lists, of sequences with few and with many query rows, each with a plan of its own.
 //
 // Workspace of a list, each part aligned to 256 bytes:
-//   WorkGroup [max_groups]   WorkerStart [workers + 1]   Merge [workers]   uint32_t tickets [workers]
+//   WorkGroup [max_groups]   WorkerStart [workers]   Merge [workers]   uint32_t tickets [workers]
 //   float values [2 * workers, rows, value_stride]     accumulators, relative to max, without the static scale of V
 //   float states [2 * workers, rows, 2]                max (base 2) and sum
 //
@@ -32,9 +32,6 @@ namespace quantkv {
 
 // Positions are below this, so that sums of a few of them with small numbers fit an int32_t.
 constexpr int32_t kMaxPositions = 0x7fffff00;
-
-// Units before a group are not more (no device would see the end of that), so that their product with columns fits.
-constexpr int64_t kMaxUnits = int64_t(1) << 46;
 
 // Query rows a block of the prefill kernel holds, and such blocks on a multiprocessor.
 constexpr int32_t kPrefillRows = 64, kPrefillBlocks = 2;
@@ -61,10 +58,12 @@ struct alignas(16) WorkGroup {
   int32_t begin, end;     // positions that some query of it sees
 };
 
+// Where a worker begins and how far it goes: it divides nothing to find its pieces.
 struct alignas(16) WorkerStart {
-  int64_t unit;
-  int32_t group;
-  int32_t merge; // index of the (group, column) it begins in the middle of; -1: it does not
+  int64_t units;         // it does
+  int32_t group, column; // of the first
+  int32_t first;         // unit of that (group, column)
+  int32_t merge;         // index of the (group, column) it begins in the middle of; -1: it does not
 };
 
 // A (group, column) that several workers share: what the merge kernel needs of it.
@@ -121,6 +120,7 @@ struct Piece {
   int32_t merge;          // index of the merge it is a piece of; -1: none
 
   QKV_DEVICE int rows() const { return num_queries * num_heads; }
+  QKV_DEVICE int query_of(int row) const { return num_queries == 1 ? 0 : row / num_heads; }
 };
 
 QKV_DEVICE int32_t smaller_of(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -140,7 +140,7 @@ struct ColumnHeads {
   int32_t kv_head, first_head, num_heads;
 
   QKV_DEVICE ColumnHeads(const AttentionParams &params, const WorkList &list, int32_t column)
-      : kv_head(column / list.columns_per_kv_head) {
+      : kv_head(list.columns_per_kv_head == 1 ? column : column / list.columns_per_kv_head) {
     int32_t in_group = (column - kv_head * list.columns_per_kv_head) * list.heads_per_column;
     first_head = kv_head * params.group_size + in_group;
     num_heads = smaller_of(list.heads_per_column, params.group_size - in_group);
@@ -153,8 +153,7 @@ QKV_DEVICE bool is_sound(const AttentionParams &params, const WorkList &list, co
          group.num_queries <= list.queries_per_group &&
          group.first_token <= params.op.num_tokens - group.num_queries &&
          group.first_position >= -list.queries_per_group && group.first_position <= params.capacity &&
-         group.begin >= 0 && group.begin <= group.end && group.end <= params.capacity && group.first_unit >= 0 &&
-         group.first_unit <= kMaxUnits;
+         group.begin >= 0 && group.begin <= group.end && group.end <= params.capacity;
 }
 
 // The pieces of one worker. Every thread of the block steps through them alike.
@@ -164,30 +163,47 @@ QKV_DEVICE bool is_sound(const AttentionParams &params, const WorkList &list, co
 struct WorkIterator {
   const AttentionParams &params;
   const WorkList &list;
-  int64_t unit, end;
-  int32_t group, worker;
+  int32_t worker;
+  int64_t units;                // left
+  int32_t group, column, first; // of the next unit, as in WorkerStart
   bool is_first;
 
   QKV_DEVICE WorkIterator(const AttentionParams &params, const WorkList &list, int worker)
-      : params(params), list(list), unit(list.starts[worker].unit), end(list.starts[worker + 1].unit),
-        group(list.starts[worker].group), worker(worker), is_first(true) {}
+      : params(params), list(list), worker(worker), is_first(true) {
+    const WorkerStart start = list.starts[worker];
+    units = start.units;
+    group = start.group;
+    column = start.column;
+    first = start.first;
+  }
+
+  // One that has given a piece, and how far it had come.
+  QKV_DEVICE WorkIterator(const AttentionParams &params, const WorkList &list, int worker, const WorkerStart &place)
+      : params(params), list(list), worker(worker), units(place.units), group(place.group), column(place.column),
+        first(place.first), is_first(false) {}
+
+  QKV_DEVICE WorkerStart place() const { return WorkerStart{units, group, column, first, -1}; }
 
   QKV_DEVICE bool next(Piece &piece) {
-    while (unit >= 0 && unit < end && group >= 0 && group < list.max_groups) {
+    while (units > 0 && group >= 0 && group < list.max_groups) {
       const WorkGroup found = list.groups[group];
       if (!is_sound(params, list, found)) return false;
-      const int32_t units = units_of(found, list), tiles = units - list.piece_cost;
-      const int64_t local = unit - found.first_unit * list.columns;
-      if (local < 0 || local >= static_cast<int64_t>(units) * list.columns) return false;
-      const int32_t column = static_cast<int32_t>(local / units);
-      const int32_t start = static_cast<int32_t>(local - static_cast<int64_t>(column) * units);
-      const int32_t stop = end - unit < units - start ? start + static_cast<int32_t>(end - unit) : units;
-      const int32_t first_tile = larger_of(0, start - list.piece_cost), end_tile = larger_of(0, stop - list.piece_cost);
-      unit += stop - start;
-      if (stop == units && column + 1 == list.columns) group++;
+      const int32_t cost = units_of(found, list), tiles = cost - list.piece_cost;
+      if (column < 0 || column >= list.columns || first < 0 || first >= cost) return false;
+      const int32_t stop = units < cost - first ? first + static_cast<int32_t>(units) : cost;
+      const int32_t first_tile = larger_of(0, first - list.piece_cost), end_tile = larger_of(0, stop - list.piece_cost);
+      const ColumnHeads heads(params, list, column);
+      units -= stop - first;
+      first = stop;
+      if (stop == cost) {
+        first = 0;
+        if (++column == list.columns) {
+          column = 0;
+          group++;
+        }
+      }
       if (first_tile == end_tile) continue; // of the cost alone
 
-      const ColumnHeads heads(params, list, column);
       piece.seq = found.seq;
       piece.first_token = found.first_token;
       piece.num_queries = found.num_queries;
@@ -212,8 +228,7 @@ struct WorkIterator {
 
 // The same in shared memory, for kernels that have no registers for it: one thread steps, all read the piece.
 struct SharedWork {
-  int64_t unit, end;
-  int32_t group;
+  WorkerStart place;
   bool started, found;
   Piece piece;
 
@@ -227,18 +242,12 @@ struct SharedWork {
   QKV_DEVICE bool next(const AttentionParams &params, const WorkList &list, bool is_first, bool steps, Sync sync) {
     sync();
     if (steps) {
-      WorkIterator work(params, list, block_index_x());
-      if (!is_first) {
-        work.unit = unit;
-        work.end = end;
-        work.group = group;
-        work.is_first = !started;
-      }
+      WorkIterator work = is_first ? WorkIterator(params, list, block_index_x())
+                                   : WorkIterator(params, list, block_index_x(), place);
+      if (!is_first) work.is_first = !started;
       found = work.next(piece);
       started = !work.is_first;
-      unit = work.unit;
-      end = work.end;
-      group = work.group;
+      place = work.place();
     }
     sync();
     return found;
@@ -299,9 +308,25 @@ QKV_DEVICE void store_activation(void *data, int32_t activation, int64_t index, 
   }
 }
 
-// Accumulators of a row in a slot, value_stride floats; and its max and sum.
+// Four neighbouring activations of 16 bits.
+QKV_DEVICE void store_activation_x4(const quantkv_paged_attention &op, int64_t index, const float (&x)[4]) {
+  uint16_t *to = static_cast<uint16_t *>(op.output.data) + index;
+  Words<2> words;
+  QKV_UNROLL
+  for (int i = 0; i < 2; i++) {
+    words.w[i] = op.activation == QUANTKV_F16 ? pack_f16(x[2 * i], x[2 * i + 1]) : pack_bf16(x[2 * i], x[2 * i + 1]);
+  }
+  if (reinterpret_cast<uintptr_t>(to) % 8 == 0) {
+    *reinterpret_cast<Words<2> *>(to) = words;
+  } else {
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) to[i] = static_cast<uint16_t>(words.w[i / 2] >> 16 * (i % 2));
+  }
+}
+
+// Accumulators of a row in a slot, value_stride floats; and its max and sum. There are fewer than 2^32 floats.
 QKV_DEVICE float *partial_values(const WorkList &list, int32_t slot, int32_t row) {
-  return list.values + (static_cast<int64_t>(slot) * list.rows + row) * list.value_stride;
+  return list.values + static_cast<uint32_t>(slot * list.rows + row) * static_cast<uint32_t>(list.value_stride);
 }
 QKV_DEVICE void store_partial_state(const WorkList &list, int32_t slot, int32_t row, float max, float sum) {
   float *state = list.states + (static_cast<int64_t>(slot) * list.rows + row) * 2;

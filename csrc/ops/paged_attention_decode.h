@@ -24,96 +24,103 @@
 
 namespace quantkv {
 
-// The queries of a piece, in shared memory: every warp uses the same, and registers are for K and V.
+// Tiles of a warp's first piece that L2 is asked for while the kernel before this one ends. More come too early: they
+// take the bandwidth of the blocks that are not done.
+constexpr int kTilesAhead = 2;
+
+// The queries of a piece and of the next one, in shared memory: every warp uses the same, and registers are for K and V.
+// Threads share rows in runs of 8 channels, kLanes a row; a run is copied and read again by the same thread.
 template <class Shape> struct DecodeQuery {
-  static constexpr int kRawStride = Shape::kDim + 8;       // the pad keeps rows on different banks
-  alignas(16) uint16_t raw[2][Shape::kRows][kRawStride];   // as they come, of this piece and of the next
-  Words<2> q[Shape::kRowTiles][Shape::kSteps][kWarp];      // operands of lane 4g + t: row g of the tile, four channels
-  float factor[Shape::kRows];                              // a product times this is q . k
+  static constexpr int kRuns = Shape::kDim / 8;
+  static constexpr int kLanes = kRuns <= 8 ? 8 : kRuns <= 16 ? 16 : 32;
+  static constexpr int kItems = Shape::kRows * kLanes; // whole warps of them
+  static_assert(kRuns <= kLanes && kItems % kWarp == 0, "lanes that share a row are neighbours in a warp");
+  alignas(16) uint16_t raw[Shape::kRows][Shape::kDim]; // as they come
+  Words<2> q[Shape::kRowTiles][Shape::kSteps][kWarp];  // operands of lane 4g + t: row g of the tile, four channels
+  float factor[Shape::kRows];                          // a product times this is q . k
 };
 
 // Asks for the queries of a piece. Rows it does not have are zeros.
 template <class Shape>
-QKV_DEVICE void begin_query(uint16_t (&raw)[Shape::kRows][DecodeQuery<Shape>::kRawStride], const AttentionParams &params,
-                            const Piece &piece) {
-  constexpr int runs = Shape::kDim / 8; // of 16 bytes, a row
+QKV_DEVICE void begin_query(DecodeQuery<Shape> &out, const AttentionParams &params, const Piece &piece) {
+  using Query = DecodeQuery<Shape>;
   const uint16_t *data = static_cast<const uint16_t *>(params.op.query.data);
-  for (int i = reread_thread_index(); i < Shape::kRows * runs; i += Shape::kThreads) {
-    const int row = i / runs, channel = i % runs * 8, query = row / piece.num_heads;
+  QKV_NO_UNROLL
+  for (int i = reread_thread_index(); i < Query::kItems; i += Shape::kThreads) {
+    const int row = i / Query::kLanes, run = i % Query::kLanes, query = piece.query_of(row);
+    if (run >= Query::kRuns) continue;
     const bool valid = row < piece.rows();
     const int head = piece.first_head + row - query * piece.num_heads;
-    const uint16_t *from = data + (valid ? row_index(params.op.query, piece.first_token + query, head) + channel : 0);
-    uint16_t *to = &raw[row][channel];
+    const uint16_t *from = data + (valid ? row_index(params.op.query, piece.first_token + query, head) + 8 * run : 0);
+    uint16_t *to = &out.raw[row][8 * run];
     if (reinterpret_cast<uintptr_t>(from) % 16 == 0 || !valid) {
       copy_async_16(to, from, valid);
     } else {
-      QKV_UNROLL
+      QKV_NO_UNROLL
       for (int j = 0; j < 8; j++) to[j] = from[j];
     }
   }
   copy_async_commit();
 }
 
-// The four channels of a step that a lane multiplies lie side by side; the first of them.
-template <class Shape> QKV_DEVICE int key_channel(int step) {
+// The four channels of a step that a lane multiplies lie side by side in memory: the step and the lane's t of those
+// from `channel` on.
+template <class Shape> QKV_DEVICE void find_key_channel(int channel, int &step, int &t) {
   constexpr int width = Shape::kWidthK, element = Shape::kElement;
-  const int byte = step * 4 * element; // in the lane's share of a row
-  return (byte / width * 4 * width + lane_index() % 4 * width + byte % width) / element;
+  const int byte = channel * element;
+  t = byte / width % 4;
+  step = (byte / (4 * width) * width + byte % width) / (4 * element); // of the lane's share of a row
 }
 
 // Queries to operands. Rows are scaled by a power of two, so that the largest element is near 2^13: a bf16 query then
 // fits an f16 exactly, but for elements below 2^-37 of the largest. A per-channel scale of K is multiplied in first;
 // `k_scale` is the one of the head otherwise.
 template <class Shape>
-QKV_DEVICE void make_query(DecodeQuery<Shape> &out, const uint16_t (&raw)[Shape::kRows][DecodeQuery<Shape>::kRawStride],
-                           const AttentionParams &params, const Piece &piece, float k_scale) {
+QKV_DEVICE void make_query(DecodeQuery<Shape> &out, const AttentionParams &params, const Piece &piece, float k_scale) {
+  using Query = DecodeQuery<Shape>;
   const quantkv_half &k = params.op.cache.k;
   const bool by_channel = is_quantized(format_of(k)) && k.scale.channel_stride != 0;
   QKV_NO_UNROLL
-  for (int tile = 0; tile < Shape::kRowTiles; tile++) {
-    const int row = 8 * tile + forget(lane_index()) / 4;
-    auto load = [&](float(&x)[4], int step) {
-      const int channel = key_channel<Shape>(step);
-      const Words<2> words = *reinterpret_cast<const Words<2> *>(&raw[row][channel]);
+  for (int i = reread_thread_index(); i < Query::kItems; i += Shape::kThreads) {
+    const int row = i / Query::kLanes, run = i % Query::kLanes;
+    const bool inside = run < Query::kRuns;
+    const Words<4> words = *reinterpret_cast<const Words<4> *>(&out.raw[row][inside ? 8 * run : 0]);
+    float x[8];
+    QKV_UNROLL
+    for (int j = 0; j < 4; j++) {
+      if (params.op.activation == QUANTKV_F16) unpack_f16(words.w[j], x[2 * j], x[2 * j + 1]);
+      else unpack_bf16(words.w[j], x[2 * j], x[2 * j + 1]);
+    }
+    if (by_channel && inside) {
       QKV_UNROLL
-      for (int i = 0; i < 2; i++) {
-        if (params.op.activation == QUANTKV_F16) unpack_f16(words.w[i], x[2 * i], x[2 * i + 1]);
-        else unpack_bf16(words.w[i], x[2 * i], x[2 * i + 1]);
-      }
-      if (!by_channel) return;
-      QKV_UNROLL
-      for (int i = 0; i < 4; i++) x[i] *= static_scale(k, piece.kv_head, channel + i);
-    };
+      for (int j = 0; j < 8; j++) x[j] *= static_scale(k, piece.kv_head, 8 * run + j);
+    }
     float power = 1.0f, inverse = 1.0f;
     if constexpr (!Shape::kBf16) {
       float largest = 0.0f;
       QKV_UNROLL
-      for (int step = 0; step < Shape::kSteps; step++) {
-        float x[4];
-        load(x, step);
-        QKV_UNROLL
-        for (int i = 0; i < 4; i++) largest = maximum(largest, x[i] < 0.0f ? -x[i] : x[i]);
-      }
-      largest = maximum(largest, shuffle_xor(largest, 1));
-      largest = maximum(largest, shuffle_xor(largest, 2));
+      for (int j = 0; j < 8; j++) largest = maximum(largest, x[j] < 0.0f ? -x[j] : x[j]);
+      QKV_UNROLL
+      for (int mask = 1; mask < Query::kLanes; mask *= 2) largest = maximum(largest, shuffle_xor(largest, mask));
       // 2^exponent <= largest; 2^(13 - exponent) and its inverse are normal for every exponent left.
       int exponent = static_cast<int>(bits_of(largest) >> 23) - 127;
       exponent = exponent < -100 ? -100 : exponent;
       power = float_of(static_cast<uint32_t>(127 + 13 - exponent) << 23);
       inverse = float_of(static_cast<uint32_t>(127 - 13 + exponent) << 23);
     }
-    QKV_NO_UNROLL
-    for (int step = warp_index(); step < Shape::kSteps; step += Shape::kWarps) {
-      float x[4];
-      load(x, step);
-      Words<2> &q = out.q[tile][step][lane_index()];
+    if (!inside) continue;
+    QKV_UNROLL
+    for (int half = 0; half < 2; half++) {
+      int step, t;
+      find_key_channel<Shape>(8 * run + 4 * half, step, t);
+      Words<2> &q = out.q[row / 8][step][row % 8 * 4 + t];
       QKV_UNROLL
-      for (int i = 0; i < 2; i++) {
-        const float low = x[2 * i] * power, high = x[2 * i + 1] * power;
-        q.w[i] = Shape::kBf16 ? pack_bf16(low, high) : pack_f16(low, high);
+      for (int j = 0; j < 2; j++) {
+        const float low = x[4 * half + 2 * j] * power, high = x[4 * half + 2 * j + 1] * power;
+        q.w[j] = Shape::kBf16 ? pack_bf16(low, high) : pack_f16(low, high);
       }
     }
-    if (warp_index() == 0 && lane_index() % 4 == 0) out.factor[row] = inverse * (by_channel ? 1.0f : k_scale);
+    if (run == 0) out.factor[row] = inverse * (by_channel ? 1.0f : k_scale);
   }
 }
 
@@ -176,11 +183,13 @@ QKV_DEVICE void multiply_values(float (&o)[RowTiles][Shape::kSteps][4], const De
   }
 }
 
-// The channel of o[..][tile][0]; o[..][tile][2] is the next one.
-template <class Shape> QKV_DEVICE int channel_of(int tile) {
+// A row of O in shared memory: where channels `channel` and the next one (even, odd) are, of a row of kStride. They are
+// o[..][tile][0], [2] of the lanes 4g + t.
+template <class Shape> QKV_DEVICE int shared_pair(int channel) {
   constexpr int width = Shape::kWidthV, element = Shape::kElement;
-  int byte = tile * 2 * element;
-  return (byte / width * 8 * width + lane_index() / 4 * width + byte % width) / element;
+  const int byte = channel * element, g = byte / width % 8;
+  const int tile = (byte / (8 * width) * width + byte % width) / (2 * element); // of the lane's share of a row
+  return tile * Shape::kTileStride + 2 * g;
 }
 
 // Softmax state of a warp: rows 2t, 2t + 1 of each row tile. Sums are of this lane's tokens alone.
@@ -230,7 +239,7 @@ QKV_DEVICE void make_scores(float (&c)[RowTiles][4], const AttentionParams &para
   for (int i = 0; i < RowTiles; i++) {
     QKV_UNROLL
     for (int j = 0; j < 4; j++) {
-      int row = 8 * i + 2 * t + (j & 1), query = row / piece.num_heads, token = g + 8 * (j / 2), key = tile.position + token;
+      int row = 8 * i + 2 * t + (j & 1), query = piece.query_of(row), token = g + 8 * (j / 2), key = tile.position + token;
       if (row >= piece.rows()) continue;
       int position = piece.first_position + query;
       if (params.op.alibi_slopes != nullptr) {
@@ -304,8 +313,7 @@ QKV_DEVICE void make_weights(uint32_t (&p)[RowTiles][2], const float (&c)[RowTil
 // Where a warp is in the work of its block. In shared memory, since registers are for tiles; a copy for each warp, so
 // that none waits for another.
 struct DecodeWork {
-  int64_t unit, end;
-  int32_t group;
+  WorkerStart place;
   bool started, found;
   Piece pieces[2];              // this one and the next, in turn
   int32_t whole_begin, whole_end; // positions every row of this piece sees
@@ -313,7 +321,7 @@ struct DecodeWork {
   int32_t blocks[kWarp];        // of the first batch of tiles of the next piece, a lane
   float k_scale[kWarp];         // of the next piece's head, the same for every lane
 
-  QKV_DEVICE void begin(const WorkList &list) {
+  QKV_DEVICE void begin() {
     if (lane_index() == 0) started = false;
     sync_warp();
   }
@@ -321,18 +329,11 @@ struct DecodeWork {
   // Looks for the next piece and puts it in pieces[slot].
   QKV_DEVICE bool next(const AttentionParams &params, const WorkList &list, int slot) {
     if (lane_index() == 0) {
-      WorkIterator work(params, list, block_index_x());
-      if (started) {
-        work.unit = unit;
-        work.end = end;
-        work.group = group;
-        work.is_first = false;
-      }
+      WorkIterator work = started ? WorkIterator(params, list, block_index_x(), place)
+                                  : WorkIterator(params, list, block_index_x());
       found = work.next(pieces[slot]);
       started = true;
-      unit = work.unit;
-      end = work.end;
-      group = work.group;
+      place = work.place();
     }
     sync_warp();
     return found;
@@ -366,27 +367,11 @@ template <class Shape, int RowTiles> QKV_DEVICE void share_state(DecodeState<Sha
       }
       QKV_UNROLL
       for (int tile = 0; tile < Shape::kSteps; tile++) {
-        float *at = shared + row * Shape::kStride + channel_of<Shape>(tile);
-        at[0] = Shape::kDynamic ? state.o[i][tile][j] * state.v_unit : state.o[i][tile][j];
-        at[1] = Shape::kDynamic ? state.o[i][tile][2 + j] * state.v_unit : state.o[i][tile][2 + j];
+        const float unit = Shape::kDynamic ? state.v_unit : 1.0f;
+        const Words<2> pair = {{bits_of(state.o[i][tile][j] * unit), bits_of(state.o[i][tile][2 + j] * unit)}};
+        *reinterpret_cast<Words<2> *>(shared + row * Shape::kStride + tile * Shape::kTileStride + 2 * g) = pair;
       }
     }
-  }
-}
-
-// Four neighbouring activations of 16 bits.
-QKV_DEVICE void store_activation_x4(const quantkv_paged_attention &op, int64_t index, const float (&x)[4]) {
-  uint16_t *to = static_cast<uint16_t *>(op.output.data) + index;
-  Words<2> words;
-  QKV_UNROLL
-  for (int i = 0; i < 2; i++) {
-    words.w[i] = op.activation == QUANTKV_F16 ? pack_f16(x[2 * i], x[2 * i + 1]) : pack_bf16(x[2 * i], x[2 * i + 1]);
-  }
-  if (reinterpret_cast<uintptr_t>(to) % 8 == 0) {
-    *reinterpret_cast<Words<2> *>(to) = words;
-  } else {
-    QKV_UNROLL
-    for (int i = 0; i < 4; i++) to[i] = static_cast<uint16_t>(words.w[i / 2] >> 16 * (i % 2));
   }
 }
 
@@ -406,7 +391,7 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
       weight[warp] = softmax_rescale(of[0], max);
       sum += of[1] * weight[warp];
     }
-    const int query = row / piece.num_heads, head = piece.first_head + row - query * piece.num_heads;
+    const int query = piece.query_of(row), head = piece.first_head + row - query * piece.num_heads;
     const int token = piece.first_token + query;
     const bool whole = piece.slot < 0;
     const SoftmaxEnd end = end_of_row(params, head, max, sum);
@@ -414,10 +399,13 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
       float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       QKV_UNROLL
       for (int warp = 0; warp < Shape::kWarps; warp++) {
-        const float *from = shared + (warp * Shape::kRows + row) * Shape::kStride + channel;
-        const Words<4> values = *reinterpret_cast<const Words<4> *>(from);
+        const float *from = shared + (warp * Shape::kRows + row) * Shape::kStride;
         QKV_UNROLL
-        for (int i = 0; i < 4; i++) acc[i] += float_of(values.w[i]) * weight[warp];
+        for (int i = 0; i < 2; i++) {
+          const Words<2> pair = *reinterpret_cast<const Words<2> *>(from + shared_pair<Shape>(channel + 2 * i));
+          acc[2 * i] += float_of(pair.w[0]) * weight[warp];
+          acc[2 * i + 1] += float_of(pair.w[1]) * weight[warp];
+        }
       }
       if (whole) {
         QKV_UNROLL
@@ -443,7 +431,7 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
 // contiguous and aligned to kWidthK and kWidthV; 16-bit activations, bf16 ones if F is bf16; rows of the list <= kRows.
 //
 // Memory must never idle: before a warp has finished a piece it has found the next one, asked for its queries, and
-// issued the loads of its first tile there.
+// issued the loads of its first tile there. Before the kernel before this one has ended, L2 is asked for the first tiles.
 template <Format F, int D, int RowTiles, bool Dynamic>
 QKV_KERNEL QKV_LAUNCH_BOUNDS((DecodeShape<F, D, RowTiles, Dynamic>::kThreads),
                              (DecodeShape<F, D, RowTiles, Dynamic>::blocks_on(QKV_COMPUTE_CAPABILITY)))
@@ -452,7 +440,7 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
   using Shape = DecodeShape<F, D, RowTiles, Dynamic>;
   using Tiles = DecodeTiles<Shape>;
   QKV_DYNAMIC_SHARED(shared_bytes);
-  QKV_SHARED(DecodeQuery<Shape>, query, 1);
+  QKV_SHARED(DecodeQuery<Shape>, queries, 2); // of this piece and of the next, in turn
   QKV_SHARED(DecodeWork, works, Shape::kWarps);
   QKV_SHARED(PendingMerges, pending, 1);
   float *shared = reinterpret_cast<float *>(shared_bytes);
@@ -460,18 +448,22 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
   const quantkv_half &k = params.op.cache.k, &v = params.op.cache.v;
   DecodeTile<Shape> next; // the tile on its way
   TileLoader<Shape> loader;
-  // What can be asked for as soon as a piece is known, and its first tile.
+  // What can be asked for as soon as a piece is known, and its first tile. Loads first, then what waits for them.
   auto begin_piece = [&](const Piece &piece, int slot) {
+    const Tiles tiles(params, piece);
+    const int32_t *entry = tiles.entry(0);
+    const int32_t block = entry != nullptr ? *entry : 0;
+    const float scale = static_scale(k, piece.kv_head, 0);
     const int thread = reread_thread_index();
     if (piece.merge >= 0 && thread < 2) {
       copy_async_16(reinterpret_cast<Words<4> *>(&pending->merges[piece.slot & 1]) + thread,
                     reinterpret_cast<const Words<4> *>(&list.merges[piece.merge]) + thread, true);
       pending->index[piece.slot & 1] = piece.merge;
     }
-    begin_query<Shape>(query->raw[slot], params, piece);
-    work.k_scale[lane_index()] = static_scale(k, piece.kv_head, 0);
-    work.offsets[slot][lane_index()] = Tiles(params, piece).offsets();
-    work.blocks[lane_index()] = Tiles(params, piece).find(0);
+    begin_query(queries[slot], params, piece);
+    work.offsets[slot][lane_index()] = tiles.offsets();
+    work.blocks[lane_index()] = tiles.checked(entry, block);
+    work.k_scale[lane_index()] = scale;
   };
   auto load_first = [&](const Piece &piece, int slot) {
     loader.aim(Tiles(params, piece), work.offsets[slot][lane_index()], work.blocks[lane_index()], 0);
@@ -480,29 +472,34 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     loader.values(v, next.v);
     if constexpr (Dynamic) loader.scales(params, next.k_dynamic, next.v_dynamic);
   };
-  work.begin(list);
+  work.begin();
   if (thread_index() == 0) pending->index[0] = pending->index[1] = -1;
   sync_warp();
   // A plan of an earlier call is not what the kernel before this one writes: there is no need to wait to read it.
-  if (!params.op.plan_is_ready) wait_for_previous_kernel();
-  const bool any_work = work.next(params, list, 0);
-  if (params.op.plan_is_ready) wait_for_previous_kernel();
+  bool any_work = false;
+  if (params.op.plan_is_ready) {
+    any_work = work.next(params, list, 0);
+    if (any_work) Tiles(params, work.pieces[0]).prefetch(kTilesAhead);
+  }
+  wait_for_previous_kernel();
+  if (!params.op.plan_is_ready) any_work = work.next(params, list, 0);
   allow_next_kernel();
   if (!any_work) return;
   begin_piece(work.pieces[0], 0);
   load_first(work.pieces[0], 0);
   copy_async_wait<0>();
+  make_query(queries[0], params, work.pieces[0], work.k_scale[lane_index()]);
   sync_threads();
 
   for (int slot = 0;; slot ^= 1) {
     const Piece &piece = work.pieces[slot], &next_piece = work.pieces[slot ^ 1];
-    make_query<Shape>(*query, query->raw[slot], params, piece, work.k_scale[lane_index()]);
-    sync_threads();
+    const DecodeQuery<Shape> &query = queries[slot];
     Tiles tiles(params, piece);
     tiles.next_blocks = work.blocks[lane_index()];
     tiles.begin_batch(0);
     work.set_whole(params, piece);
-    if (work.next(params, list, slot ^ 1)) {
+    // The next piece, once loads of this one's second tile are on their way; if there is none, now.
+    if (tiles.count < 2 && work.next(params, list, slot ^ 1)) {
       begin_piece(next_piece, slot ^ 1);
       if (tiles.count == 0) load_first(next_piece, slot ^ 1);
     }
@@ -513,7 +510,7 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
       tile.position = tiles.position(n);
       tile.whole = tile.position >= work.whole_begin && tile.position + Shape::kTile <= work.whole_end && tile.halves.both();
       float c[RowTiles][4];
-      multiply_keys<F>(c, tile, *query);
+      multiply_keys<F>(c, tile, query);
       const bool is_last = n + 1 == tiles.count, load = !is_last || work.found;
       if (is_last) {
         if (load) loader.aim(Tiles(params, next_piece), work.offsets[slot ^ 1][lane_index()], work.blocks[lane_index()], 0);
@@ -528,16 +525,19 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
         if constexpr (Dynamic) loader.scales(params, next.k_dynamic, next.v_dynamic);
       }
       if (!tile.whole) tile.drop_missing(piece);
-      make_scores<Shape, RowTiles, Dynamic>(c, params, piece, tile, query->factor);
+      make_scores<Shape, RowTiles, Dynamic>(c, params, piece, tile, query.factor);
       uint32_t p[RowTiles][2];
       make_weights<Shape, RowTiles, Dynamic>(p, c, state, tile);
       multiply_values<F>(state.o, tile, p);
       if constexpr (!Shape::kValuesAhead) {
         if (load) loader.values(v, next.v);
       }
+      if (n == 0 && !is_last && work.next(params, list, slot ^ 1)) begin_piece(next_piece, slot ^ 1);
     }
+    sync_threads(); // nobody reads states of the piece before any more
     share_state(state, shared);
     copy_async_wait<0>();
+    if (work.found) make_query(queries[slot ^ 1], params, next_piece, work.k_scale[lane_index()]);
     sync_threads();
     write_rows<Shape>(params, list, piece, shared);
     if (!work.found) break;

@@ -9,6 +9,8 @@ namespace quantkv {
 // No scale is smaller: 2^-126.
 constexpr float kSmallestScale = 1.17549435e-38f;
 
+constexpr int kLine = 128; // bytes of a line of L2
+
 // Bytes of one load, where `lanes` lanes share `bytes`.
 constexpr int load_width(int bytes, int lanes) {
   return bytes / lanes % 16 == 0 ? 16 : bytes / lanes % 8 == 0 ? 8 : 4;
@@ -46,8 +48,9 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
     return compute_capability >= 90 || kMostBlocks == 1 ? kMostBlocks : kMostBlocks - 1;
   }
 
-  // Shared memory: O [warps, rows, kStride] f32, then (max, sum) [warps, rows]. The pad keeps rows on different banks.
-  static constexpr int kStride = D + 4;
+  // Shared memory: O [warps, rows, kStride] f32, then (max, sum) [warps, rows]. A row holds the pairs of channels of
+  // each 16-channel tile side by side, lane / 4 of them, and pads that keep lanes on different banks: see shared_pair().
+  static constexpr int kTileStride = 20, kStride = kSteps * kTileStride + 4;
   static constexpr int kSharedBytes = 4 * kWarps * kRows * (kStride + 2);
 };
 
@@ -83,14 +86,52 @@ template <class Shape> struct DecodeTiles {
 
   QKV_DEVICE int32_t position(int32_t n) const { return (first + n * Shape::kWarps) * Shape::kTile; }
 
-  // This lane's block of the batch that begins with tile n.
-  QKV_DEVICE int32_t find(int32_t n) const {
+  // The table's entry for this lane's block of the batch that begins with tile n; null if it has none.
+  QKV_DEVICE const int32_t *entry(int32_t n) const {
     const int lane = forget(lane_index());
     n += halved() ? lane / 2 : lane;
-    if (n >= count) return -1;
+    if (n >= count) return nullptr;
     int32_t at = position(n) + (halved() ? 8 * (lane % 2) : 0);
     int32_t size = halved() ? 8 : Shape::kTile;
-    return at < piece.end && at + size > piece.begin ? block_of(params, piece.seq, at >> params.paging.block_shift) : -1;
+    if (at >= piece.end || at + size <= piece.begin) return nullptr;
+    return params.op.block_tables + piece.seq * params.op.block_table_stride + (at >> params.paging.block_shift);
+  }
+
+  // What the entry holds, or -1 and a fault if that is no block of the cache.
+  QKV_DEVICE int32_t checked(const int32_t *entry, int32_t block) const {
+    return entry != nullptr && checked_block(params.paging, block) ? block : -1;
+  }
+
+  // This lane's block of the batch that begins with tile n.
+  QKV_DEVICE int32_t find(int32_t n) const {
+    const int32_t *at = entry(n);
+    return checked(at, at != nullptr ? *at : 0);
+  }
+
+  // Asks L2 for the first tiles of the piece, before the kernel may read anything: tables and the cache may be in the
+  // making, and what they hold now says no more than where it is worth while to look. A lane has a row of each tile,
+  // lane % 16 of K or from lane 16 on of V.
+  QKV_DEVICE void prefetch(int32_t tiles) const {
+    const quantkv_cache &cache = params.op.cache;
+    const int32_t *at = entry(0);
+    const int32_t now = at != nullptr ? load_unsettled(at) : -1, blocks = is_block(params.paging, now) ? now : -1;
+    const int32_t lane = forget(lane_index()), row = lane & (halved() ? 7 : 15);
+    const bool is_key = lane < 16;
+    const quantkv_address_map &k = cache.k.map, &v = cache.v.map;
+    const uint32_t slot_bytes = bytes(is_key ? k.slot_stride : v.slot_stride);
+    const int64_t block_bytes = (is_key ? k.block_stride : v.block_stride) * Shape::kElement;
+    const unsigned char *codes = static_cast<const unsigned char *>(is_key ? cache.k.codes : cache.v.codes) +
+                                 bytes(piece.kv_head * (is_key ? k.head_stride : v.head_stride)) + row * slot_bytes;
+    QKV_NO_UNROLL
+    for (int32_t n = 0; n < tiles; n++) {
+      const int32_t block = shuffle(blocks, halved() ? 2 * n + lane % 16 / 8 : n);
+      const uint32_t slot = position(n) & ((1u << params.paging.block_shift) - 1);
+      if (block < 0) continue;
+      QKV_UNROLL
+      for (int i = 0; i < Shape::kDim * Shape::kElement; i += kLine) {
+        prefetch_l2(codes + block * block_bytes + slot * slot_bytes + i);
+      }
+    }
   }
 
   // Makes `blocks` those of the batch that begins with tile n, and asks for the next.

@@ -13,7 +13,7 @@ namespace quantkv {
 constexpr int kMergeWarps = 8;
 constexpr int kMergeThreads = kMergeWarps * kWarp;
 constexpr int kMergeChannels = 4 * kWarp; // at a time
-constexpr int kMergePieces = 4;           // on their way at once, a warp
+constexpr int kMergePieces = 16;          // on their way at once, a warp
 
 // One row of a merge: where its pieces lie.
 struct MergeRow {
@@ -26,6 +26,10 @@ struct MergeRow {
   }
   QKV_DEVICE Words<2> state(int32_t piece) const {
     return *reinterpret_cast<const Words<2> *>(list.states + (static_cast<int64_t>(slot(piece)) * list.rows + row) * 2);
+  }
+  // Four accumulators.
+  QKV_DEVICE Words<4> values(int32_t piece, int32_t channel) const {
+    return *reinterpret_cast<const Words<4> *>(partial_values(list, slot(piece), row) + channel);
   }
 };
 
@@ -44,28 +48,51 @@ struct MergeState {
   }
 };
 
-// Pieces part, part + parts .. of a row, channels `channel` .. + 4. Loads run ahead of sums.
+// Pieces part, part + parts .. of a row, channels `channel` .. + 4. Of up to 32 of them a lane has the state of each, so
+// that their weights are known at once; accumulators are then only added up, many loads under way.
 QKV_DEVICE MergeState merge_pieces(const MergeRow &row, int32_t part, int32_t parts, int32_t channel) {
   MergeState state = {negative_infinity(), 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
   const bool inside = channel < row.list.value_stride;
-  for (int32_t base = part; base < row.merge.num_pieces; base += kMergePieces * parts) {
-    Words<2> states[kMergePieces];
+  const int32_t count = (row.merge.num_pieces - part + parts - 1) / parts, lane = lane_index();
+  float weight = 0.0f;  // of piece base + lane
+  uint32_t used = 0;    // pieces that saw a key: others have no part in the result, whatever products with zero gave
+  QKV_NO_UNROLL
+  for (int32_t base = 0; base < count; base += kMergePieces) {
     Words<4> values[kMergePieces];
     QKV_UNROLL
     for (int i = 0; i < kMergePieces; i++) {
-      const int32_t piece = base + i * parts;
-      if (piece >= row.merge.num_pieces) break;
-      states[i] = row.state(piece);
       values[i] = Words<4>{{0, 0, 0, 0}};
-      if (inside) {
-        values[i] = *reinterpret_cast<const Words<4> *>(partial_values(row.list, row.slot(piece), row.row) + channel);
+      if (inside && base + i < count) values[i] = row.values(part + (base + i) * parts, channel);
+    }
+    if (base % kWarp == 0) {
+      float max = negative_infinity(), sum = 0.0f;
+      if (base + lane < count) {
+        const Words<2> words = row.state(part + (base + lane) * parts);
+        max = float_of(words.w[0]);
+        sum = float_of(words.w[1]);
       }
+      const bool none = max == negative_infinity() && sum == 0.0f;
+      used = ballot(!none);
+      float top = maximum(state.max, max);
+      QKV_UNROLL
+      for (int mask = 1; mask < kWarp; mask *= 2) top = maximum(top, shuffle_xor(top, mask));
+      weight = softmax_rescale(max, top);
+      float weighted = none ? 0.0f : sum * weight;
+      QKV_UNROLL
+      for (int mask = 1; mask < kWarp; mask *= 2) weighted += shuffle_xor(weighted, mask);
+      const float rescale = softmax_rescale(state.max, top);
+      state.max = top;
+      state.sum = state.sum * rescale + weighted;
+      QKV_UNROLL
+      for (int i = 0; i < 4; i++) state.acc[i] *= rescale;
     }
     QKV_UNROLL
     for (int i = 0; i < kMergePieces; i++) {
-      if (base + i * parts >= row.merge.num_pieces) break;
-      const float acc[4] = {float_of(values[i].w[0]), float_of(values[i].w[1]), float_of(values[i].w[2]), float_of(values[i].w[3])};
-      state.add(float_of(states[i].w[0]), float_of(states[i].w[1]), acc);
+      const int32_t at = base % kWarp + i;
+      const float of_piece = shuffle(weight, at);
+      if ((used >> at & 1) == 0) continue;
+      QKV_UNROLL
+      for (int j = 0; j < 4; j++) state.acc[j] += float_of(values[i].w[j]) * of_piece;
     }
   }
   return state;
@@ -90,12 +117,22 @@ QKV_DEVICE void write_merged(const AttentionParams &params, const MergeRow &row,
   const SoftmaxEnd end = end_of_row(params, head, state.max, state.sum);
   if (channel == 0) store_lse(params, token, head, end.lse);
   const quantkv_half &v = params.op.cache.v;
-  const int64_t output = row_index(params.op.output, token, head);
+  const int64_t output = row_index(params.op.output, token, head) + channel;
+  const bool by_channel = is_quantized(format_of(v)) && v.scale.channel_stride != 0;
+  const float scale = static_scale(v, merge.kv_head, 0);
+  float x[4];
   QKV_UNROLL
   for (int i = 0; i < 4; i++) {
-    if (channel + i >= v.head_dim) break;
-    store_activation(params.op.output.data, params.op.activation, output + channel + i,
-                     softmax_result(state.acc[i], end) * static_scale(v, merge.kv_head, channel + i));
+    const bool other = by_channel && channel + i < v.head_dim;
+    x[i] = softmax_result(state.acc[i], end) * (other ? static_scale(v, merge.kv_head, channel + i) : scale);
+  }
+  if (channel + 4 <= v.head_dim && params.op.activation != QUANTKV_F32) {
+    store_activation_x4(params.op, output, x);
+    return;
+  }
+  QKV_UNROLL
+  for (int i = 0; i < 4; i++) {
+    if (channel + i < v.head_dim) store_activation(params.op.output.data, params.op.activation, output + i, x[i]);
   }
 }
 
@@ -153,20 +190,18 @@ struct PendingMerges {
 QKV_DEVICE void merge_when_last(const AttentionParams &params, const WorkList &list, PendingMerges &pending,
                                 MergeShared &shared) {
   if (pending.index[0] < 0 && pending.index[1] < 0) return;
-  fence_device();
   sync_threads();
   const int thread = thread_index();
   if (thread < 2) {
     const int32_t index = pending.index[thread];
     bool is_last = false;
     if (index >= 0) {
-      is_last = atomic_add(&list.tickets[index], 1) + 1 == static_cast<uint32_t>(pending.merges[thread].num_pieces);
+      is_last = atomic_add_ordered(&list.tickets[index], 1) + 1 == static_cast<uint32_t>(pending.merges[thread].num_pieces);
       if (is_last) list.tickets[index] = 0; // for the next call with this plan
     }
     pending.is_last[thread] = is_last;
   }
   sync_threads();
-  fence_device();
   QKV_NO_UNROLL
   for (int i = 0; i < 2; i++) {
     const Merge &merge = pending.merges[i];
@@ -192,6 +227,7 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kMergeThreads, 1) merge_attention(AttentionLis
   Merge merge = {};
   if (block_index_x() < items) merge = list.merges[block_index_x() / items_a_merge];
   wait_for_previous_kernel();
+  allow_next_kernel();
   for (int64_t item = block_index_x(); item < items; item += grid_size_x()) {
     if (item != block_index_x()) merge = list.merges[item / items_a_merge];
     if (!is_sound(call.params, list, merge)) continue;

@@ -20,6 +20,11 @@ QKV_DEVICE int64_t shuffle_up_64(int64_t value, int delta) {
   return static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low);
 }
 
+QKV_DEVICE int64_t shuffle_64(int64_t value, int lane) {
+  uint32_t low = shuffle(static_cast<uint32_t>(value), lane), high = shuffle(static_cast<uint32_t>(value >> 32), lane);
+  return static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low);
+}
+
 // The sum of `value` over the threads before this one, and over all. Two barriers.
 QKV_DEVICE int64_t block_prefix(int64_t value, int64_t *warp_sums /* shared [kPlanWarps] */, int64_t &total) {
   int64_t sum = value;
@@ -30,14 +35,18 @@ QKV_DEVICE int64_t block_prefix(int64_t value, int64_t *warp_sums /* shared [kPl
   }
   if (lane_index() == kWarp - 1) warp_sums[warp_index()] = sum;
   sync_threads();
-  int64_t before = 0;
-  total = 0;
-  for (int warp = 0; warp < kPlanWarps; warp++) {
-    if (warp == warp_index()) before = total;
-    total += warp_sums[warp];
+  // Every warp adds the warps' sums up, one a lane.
+  static_assert(kPlanWarps <= kWarp, "a lane has one sum");
+  int64_t warps = lane_index() < kPlanWarps ? warp_sums[lane_index()] : 0;
+  QKV_UNROLL
+  for (int delta = 1; delta < kPlanWarps; delta *= 2) {
+    const int64_t before = shuffle_up_64(warps, delta);
+    if (lane_index() >= delta) warps += before;
   }
+  total = shuffle_64(warps, kPlanWarps - 1);
+  const int64_t through = shuffle_64(warps, warp_index()), own = warp_sums[warp_index()];
   sync_threads();
-  return before + sum - value;
+  return through - own + sum - value;
 }
 
 // kPlanThreads sequences, one a thread.
@@ -45,6 +54,7 @@ struct SequenceBatch {
   int32_t first[kPlanThreads], last[kPlanThreads]; // query rows; an empty range if it is to be skipped
   int32_t length[kPlanThreads];                    // cached tokens
   int64_t groups_before[kPlanThreads];             // of the batch
+  int64_t first_units[kPlanThreads];               // of the first groups, so that most searches stay on the chip
   int64_t warp_sums[kPlanWarps];
   int32_t claimed; // rows below belong to sequences before
   int32_t is_bad;  // whether some query start is
@@ -101,20 +111,22 @@ QKV_DEVICE WorkGroup group_of(const AttentionParams &params, const WorkList &lis
 }
 
 // The share of each worker and the pieces to be merged. `units` > 0.
-QKV_DEVICE void hand_out(const AttentionParams &params, const WorkList &list, int32_t num_groups, int64_t units) {
+QKV_DEVICE void hand_out(const AttentionParams &params, const WorkList &list, int32_t num_groups, int64_t units,
+                         const int64_t *first_units /* shared [kPlanThreads] */) {
   int64_t most = units / list.min_tiles;
   int64_t busy = most < 1 ? 1 : most < list.workers ? most : list.workers;
-  for (int32_t worker = thread_index(); worker <= list.workers; worker += kPlanThreads) {
+  for (int32_t worker = thread_index(); worker < list.workers; worker += kPlanThreads) {
     if (worker >= busy) {
-      list.starts[worker] = WorkerStart{units, num_groups, -1};
+      list.starts[worker] = WorkerStart{};
       continue;
     }
-    int64_t unit = worker * units / busy;
+    const int64_t unit = worker * units / busy, next_unit = (worker + 1) * units / busy;
     // The last group that begins at this unit or before.
     int32_t group = 0, beyond = num_groups;
     while (beyond - group > 1) {
       int32_t middle = group + (beyond - group) / 2;
-      if (list.groups[middle].first_unit * list.columns <= unit) {
+      const int64_t first = middle < kPlanThreads ? first_units[middle] : list.groups[middle].first_unit;
+      if (first * list.columns <= unit) {
         group = middle;
       } else {
         beyond = middle;
@@ -127,7 +139,8 @@ QKV_DEVICE void hand_out(const AttentionParams &params, const WorkList &list, in
     // The last worker that begins at `at` or before: worker * units / busy <= at, rounded down.
     const auto worker_at = [&](int64_t at) { return static_cast<int32_t>(((at + 1) * busy + units - 1) / units - 1); };
     const int32_t first = worker_at(tiles_start);
-    list.starts[worker] = WorkerStart{unit, group, tiles_start < unit ? first : -1};
+    list.starts[worker] = WorkerStart{next_unit - unit, group, static_cast<int32_t>(column),
+                                      static_cast<int32_t>(unit - column_start), tiles_start < unit ? first : -1};
 
     // The second worker of a (group, column) writes its record.
     if (tiles_start < unit && first == worker - 1) {
@@ -152,6 +165,8 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists
   const AttentionParams &params = call.params;
   const WorkList list = call.lists[block_index_x()];
   int thread = thread_index();
+  // The kernel after this one may come, to wait: it reads nothing before this one has ended.
+  allow_next_kernel();
   wait_for_previous_kernel();
   if (thread == 0) {
     batch.claimed = 0;
@@ -164,10 +179,10 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists
 
   int64_t num_groups = 0, num_units = 0;
   for (int64_t base = 0; base < params.op.num_seqs; base += kPlanThreads) {
+    const int32_t given = base + thread < params.op.num_seqs ? params.op.seq_lens[base + thread] : 0;
     read_query_starts(params, base, batch);
     int32_t queries = batch.last[thread] - batch.first[thread], length = 0;
     if (queries > 0) {
-      int32_t given = params.op.seq_lens[base + thread];
       length = smaller_of(larger_of(given, 0), params.capacity);
       if (length != given) set_fault(params.paging.faults, QUANTKV_FAULT_SEQ_LEN);
     }
@@ -197,6 +212,7 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists
       }
       group.first_unit = num_units + block_prefix(units, batch.warp_sums, new_units);
       if (index < batch_groups && num_groups + index < list.max_groups) list.groups[num_groups + index] = group;
+      if (index < batch_groups && num_groups + index < kPlanThreads) batch.first_units[num_groups + index] = group.first_unit;
       num_units += new_units;
     }
     num_groups += batch_groups;
@@ -204,9 +220,9 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists
   }
 
   if (num_groups > 0) {
-    hand_out(params, list, static_cast<int32_t>(num_groups), num_units * list.columns);
+    hand_out(params, list, static_cast<int32_t>(num_groups), num_units * list.columns, batch.first_units);
   } else {
-    for (int32_t worker = thread; worker <= list.workers; worker += kPlanThreads) list.starts[worker] = WorkerStart{};
+    for (int32_t worker = thread; worker < list.workers; worker += kPlanThreads) list.starts[worker] = WorkerStart{};
   }
 }
 

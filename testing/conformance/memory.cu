@@ -74,6 +74,60 @@ void copies(Report &report) {
   report.line("copy_async_16, commit, wait", got.size(), wrong);
 }
 
+// A word as another kernel left it, with its line of L2 asked for before; and the last word of the buffer, beyond which
+// nothing is.
+QKV_KERNEL void unsettled_kernel(const int32_t *in, int32_t *out, int n) {
+  const int i = block_index_x() * block_threads() + thread_index();
+  if (i >= n) return;
+  prefetch_l2(in + i);
+  out[i] = load_unsettled(in + i);
+}
+
+void unsettled(Report &report) {
+  constexpr int kWords = (1 << 14) + 3;
+  const std::vector<uint32_t> words = random_words(kWords, 32);
+  const std::vector<int32_t> in(words.begin(), words.end());
+  Array<int32_t> input(in), output(kWords);
+  check(QKV_LAUNCH((unsettled_kernel), (Grid{kWords / 128 + 1, 1, 1}), 128, 0, nullptr, input.get(), output.get(), kWords),
+        "load_unsettled");
+  const std::vector<int32_t> got = output.read();
+  uint64_t wrong = 0;
+  for (int i = 0; i < kWords; i++) wrong += got[i] != in[i];
+  report.line("prefetch_l2, load_unsettled", kWords, wrong);
+}
+
+// Every block writes its words and counts itself; the last one must find the words of all.
+constexpr int kCountedThreads = 128;
+
+QKV_KERNEL void counted_kernel(uint32_t *words, uint32_t *count, uint32_t *wrong, uint32_t round) {
+  QKV_SHARED(uint32_t, is_last, 1);
+  const int thread = thread_index();
+  words[block_index_x() * kCountedThreads + thread] = round * 977 + block_index_x() + thread;
+  sync_threads();
+  if (thread == 0) *is_last = atomic_add_ordered(count, 1) + 1 == static_cast<uint32_t>(grid_size_x());
+  sync_threads();
+  if (!*is_last) return;
+  uint32_t bad = 0;
+  for (int block = 0; block < grid_size_x(); block++) {
+    bad += words[block * kCountedThreads + thread] != round * 977 + block + thread;
+  }
+  atomic_add(wrong, bad);
+  atomic_add(wrong + 1, 1);
+  if (thread == 0) *count = 0;
+}
+
+void counted(Report &report) {
+  constexpr int kBlocks = 500, kRounds = 100;
+  Array<uint32_t> words(kBlocks * kCountedThreads), count(std::vector<uint32_t>(1, 0)), wrong(std::vector<uint32_t>(2, 0));
+  for (uint32_t round = 0; round < kRounds; round++) {
+    check(QKV_LAUNCH((counted_kernel), (Grid{kBlocks, 1, 1}), kCountedThreads, 0, nullptr, words.get(), count.get(),
+                     wrong.get(), round),
+          "counted blocks");
+  }
+  const std::vector<uint32_t> got = wrong.read();
+  report.line("atomic_add_ordered", kBlocks * kRounds, got[0] + (got[1] != kRounds * kCountedThreads));
+}
+
 // Each kernel adds one to every word the one before it left; all let the next start early, so a wait that does not
 // wait shows as a lost addition.
 QKV_KERNEL void add_one_kernel(const uint32_t *in, uint32_t *out, int n) {
@@ -105,6 +159,8 @@ void test_memory(Report &report, uint64_t) {
   streams<2>(report, "load_stream, 8 bytes");
   streams<4>(report, "load_stream, 16 bytes");
   copies(report);
+  unsettled(report);
+  counted(report);
   overlap(report);
 }
 

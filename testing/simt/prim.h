@@ -282,6 +282,20 @@ template <int N> Words<N> load_stream(const Words<N> *p) {
   return *p;
 }
 
+// No instruction would fault outside of memory, but no kernel should ask for it: with AddressSanitizer that is reported.
+inline void prefetch_l2(const void *p) {
+  simt::check_global("prefetch_l2", p, 1);
+  (void)*static_cast<const volatile unsigned char *>(p);
+}
+
+inline int32_t load_unsettled(const int32_t *p) {
+  simt::check_aligned("load_unsettled", p, sizeof *p);
+  simt::check_global("load_unsettled", p, sizeof *p);
+  return *p;
+}
+
+inline uint32_t atomic_add_ordered(uint32_t *word, uint32_t value) { return atomic_add(word, value); }
+
 inline void copy_async_16(void *shared, const void *global, bool valid) {
   simt::check_aligned("copy_async_16, destination", shared, 16);
   simt::check_shared("copy_async_16, destination", shared, 16);
