@@ -37,7 +37,8 @@ def main():
     for mutation in listed:
         check_entry(mutation)
     chosen = [m for m in listed if m.get("sanitize", False) == sanitize and (not words or any(w in m["name"] for w in words))]
-    if "--some" in sys.argv:
+    some = "--some" in sys.argv
+    if some:
         chosen = list({m["file"]: m for m in reversed(chosen) if m["file"].startswith(("csrc/ops/", "csrc/hopper/"))}.values())[::-1]
     if "--list" in sys.argv:
         print("\n".join(f"{m['name']}: {', '.join(m['tests'])}" for m in chosen))
@@ -52,7 +53,8 @@ def main():
         right = link(build, build.objects, Path(folder) / "right")
         needed = {pair for m in chosen for pair in tests_of(m)}
         for test, filter in sorted(pair for pair in needed if not pair[1] or (pair[0], "") not in needed):
-            seen = first_failure(build, right, [(test, filter)])
+            # CI has just run these in every order: that they pass as linked here is all it must see.
+            seen = first_failure(build, right, [(test, filter)], orders=ORDERS[:1] if some else ORDERS)
             if seen:
                 sys.exit(f"{test} {filter} fails without a mutation ({seen})")
         for mutation in chosen:
@@ -165,9 +167,9 @@ def finish(process):
         raise CompileError(output)
 
 
-def first_failure(build, library, tests, capability=None):
+def first_failure(build, library, tests, capability=None, orders=ORDERS):
     """What noticed: the test, the order, and its words. None if nothing did."""
-    for order in ORDERS:
+    for order in orders:
         for test, filter in tests:
             environment = dict(os.environ, QUANTKV_SIMT_ORDER=order, PROPTEST_DISABLE_FAILURE_PERSISTENCE="true",
                                PROPTEST_MAX_SHRINK_ITERS="0", RUST_BACKTRACE="0", QUANTKV_TEST_DEVICES="cuda")

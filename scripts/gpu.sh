@@ -117,17 +117,12 @@ unpack() {
 # Conformance over the emulator for devices old and new, then small shapes of the bench.
 emulate() {
     cd "$root"
-    local out=${CARGO_TARGET_DIR:-target}/simt-conformance file arch
+    local out=${CARGO_TARGET_DIR:-target}/simt-conformance arch
     mkdir -p "$out"
-    local flags=(-std=c++20 -O2 -g -Wall -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=off -fPIC -DQUANTKV_SIMT)
-    for arch in 75 80 90; do
-        for file in testing/conformance/*.cu csrc/bench/*.cu testing/simt/*.cpp; do
-            "${CXX:-c++}" "${flags[@]}" -DQUANTKV_SIMT_ARCH="$arch" -Itesting -Icsrc -x c++ -c "$file" -o "$out/$(basename "$file").o"
-        done
-        "${CXX:-c++}" -o "$out/conformance-$arch" "$out"/{main,arithmetic,conversions,fp8,hopper,matrix,memory}.cu.o "$out"/*.cpp.o
-        "$out/conformance-$arch"
-    done
-    "${CXX:-c++}" -shared -Wl,-Bsymbolic -o "$out/libquantkv_bench.so" "$out"/ceilings.cu.o "$out"/*.cpp.o
+    for arch in 75 80 90; do scripts/simt.sh --arch "$arch" --self-test; done
+    local flags=(-std=c++20 -O1 -Wall -Wno-unknown-pragmas -fno-strict-aliasing -ffp-contract=off -fPIC -DQUANTKV_SIMT)
+    "${CXX:-c++}" "${flags[@]}" -DQUANTKV_SIMT_ARCH=90 -Itesting -Icsrc -shared -Wl,-Bsymbolic -x c++ csrc/bench/*.cu \
+        -x none testing/simt/*.cpp -o "$out/libquantkv_bench.so"
     QUANTKV_BENCH_LIBRARY=$(cd "$out" && pwd)/libquantkv_bench.so \
         scripts/simt.sh "$@" -- cargo test --locked --features cuda --bench cuda -- --verify-only
 }

@@ -67,16 +67,27 @@ export QUANTKV_SIMT_ORDER=$order QUANTKV_MOCK_STREAMS=$streams
 kernel_flags=("${flags[@]}" -fno-strict-aliasing -ffp-contract=off -DQUANTKV_SIMT "-DQUANTKV_SIMT_ARCH=$arch")
 kernel_flags+=(-Itesting -Icsrc)
 
+# make_program OUT SOURCES..: each source on a core of its own.
+make_program() {
+    local out=$1 objects=$1.objects
+    shift
+    rm -rf "$objects"
+    mkdir -p "$objects"
+    printf '%s\0' "$@" | OUT=$objects xargs -0 -n 1 -P "$(nproc)" \
+        bash -c '"${@:1:$#-1}" -x c++ -c "${!#}" -o "$OUT/$(tr / . <<<"${!#}").o"' compile "$cxx" "${kernel_flags[@]}"
+    "$cxx" "${flags[@]}" "$objects"/*.o -o "$out"
+}
+
 self_test() {
     local test=$target/self-test
     if is_stale "$test" testing/simt/*.{cpp,h} testing/simt/tests/* csrc/core/*.h scripts/simt.sh; then
-        "$cxx" "${kernel_flags[@]}" testing/simt/tests/*.cpp testing/simt/*.cpp -o "$test"
+        make_program "$test" testing/simt/tests/*.cpp testing/simt/*.cpp
     fi
     "$test" 2>/dev/null # where the faults that it provokes are reported
     # The instructions, by the tests that hold hardware to the same definitions.
     test=$target/conformance
     if is_stale "$test" testing/simt/*.{cpp,h} testing/conformance/* csrc/core/*.h scripts/simt.sh; then
-        "$cxx" "${kernel_flags[@]}" -x c++ testing/conformance/*.cu -x none testing/simt/*.cpp -o "$test"
+        make_program "$test" testing/conformance/*.cu testing/simt/*.cpp
     fi
     "$test"
 }
