@@ -7,7 +7,7 @@
 use std::fmt;
 
 /// Everything an nvcc 13 can run on; older ones know a part. The PTX is for what comes after.
-pub const DEFAULT: &str = "75 80 86 89 90a 100a 120a compute_90";
+pub const DEFAULT: &str = "75 80 89 90a 100a 120a compute_90";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Arch {
