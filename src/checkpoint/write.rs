@@ -147,7 +147,8 @@ fn strategy(new: &NewCheckpoint<'_>) -> Result<&'static str> {
     })
 }
 
-/// The block that LLM Compressor 0.14 writes for a KV cache alone, field by field.
+/// The block that LLM Compressor 0.14 writes for a KV cache alone, field by field. `config_groups` is there
+/// though empty: only where it is does vLLM 0.33 count a model's heads, which it needs for scales per head.
 fn scheme(strategy: &str, observer: Option<&(&str, Value)>) -> Value {
     let (name, arguments) = observer.map_or((Value::Null, json!({})), |(name, args)| (json!(name), args.clone()));
     json!({
