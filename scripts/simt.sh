@@ -38,7 +38,7 @@ target=${CARGO_TARGET_DIR:-target}/simt
 mkdir -p "$target/driver"
 target=$(cd "$target" && pwd)
 
-flags=(-std=c++20 -O2 -g -Wall -Wextra -Werror -Wno-unknown-pragmas -fPIC -fno-omit-frame-pointer)
+flags=(-std=c++20 -O1 -g1 -Wall -Wextra -Werror -Wno-unknown-pragmas -fPIC -fno-omit-frame-pointer)
 if [ "$sanitize" = 1 ]; then
     flags+=(-fsanitize=address,undefined -fno-sanitize-recover=undefined)
     # Nothing is freed at the end of a test process, nor by kernels that a fault ended.
