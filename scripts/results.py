@@ -65,6 +65,8 @@ def main(folders):
     target = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "docs", "results")
     page = [f"# {gpu.group(1).strip(',')}, {date.group(0)}\n", "Made by `scripts/results.py` from the logs of `scripts/gpu.sh`; [how](README.md).\n"]
     for folder, text, fact in zip(folders, logs, facts):
+        if not fact:  # tables alone, of an earlier call
+            continue
         page += ["```text", fact, "```\n", "```text", read(folder, "summary.txt").strip(), "```\n"]
         failed = re.findall(r"^(FAIL .*)$", text, re.M)
         if failed:
