@@ -499,7 +499,7 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     tiles.begin_batch(0);
     work.set_whole(params, piece);
     // The next piece, once loads of this one's second tile are on their way; if there is none, now.
-    if (tiles.count < 2 && work.next(params, list, slot ^ 1)) {
+    if ((tiles.count < 2 || !Shape::kLooksLate) && work.next(params, list, slot ^ 1)) {
       begin_piece(next_piece, slot ^ 1);
       if (tiles.count == 0) load_first(next_piece, slot ^ 1);
     }
@@ -532,7 +532,9 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
       if constexpr (!Shape::kValuesAhead) {
         if (load) loader.values(v, next.v);
       }
-      if (n == 0 && !is_last && work.next(params, list, slot ^ 1)) begin_piece(next_piece, slot ^ 1);
+      if constexpr (Shape::kLooksLate) {
+        if (n == 0 && !is_last && work.next(params, list, slot ^ 1)) begin_piece(next_piece, slot ^ 1);
+      }
     }
     sync_threads(); // nobody reads states of the piece before any more
     share_state(state, shared);

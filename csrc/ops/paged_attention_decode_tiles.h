@@ -42,6 +42,8 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   static constexpr int kWithAhead = kKept + 4 * kWordsV;
   static constexpr int kMostBlocks = kWithAhead <= 92 ? 4 : kWithAhead <= 120 || kKept <= 104 ? 3 : 2;
   static constexpr bool kValuesAhead = kWithAhead <= (kMostBlocks == 3 ? 120 : 200);
+  // Where there are registers to spare beside a tile on its way, the next piece is looked for between two tiles.
+  static constexpr bool kLooksLate = kWithAhead <= 184;
   static constexpr bool kFits = kKept <= 200 && (kElement == 1 || D <= 128);
   // Before Hopper addresses and conversions take a few registers more.
   static constexpr int blocks_on(int compute_capability) {
