@@ -38,6 +38,10 @@ constexpr bool kHasHopperKernels = false;
 
 #include "simt/launch.h" // testing/simt
 
+#elif defined(__HIP__)
+
+#include "amdgcn/launch.h"
+
 #else
 
 #include <cuda_runtime_api.h>
@@ -152,4 +156,9 @@ int launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_byte
 #define QKV_LAUNCH_OVERLAPPED(kernel, grid, threads, shared_bytes, stream, ...)                                        \
   quantkv::launch(QKV_UNPAREN kernel, grid, threads, shared_bytes, stream, true, __VA_ARGS__)
 
+#endif
+
+// The C function of an operation, by the vendor it is compiled for.
+#ifndef QKV_ENTRY
+#define QKV_ENTRY(name) quantkv_cuda_##name
 #endif
