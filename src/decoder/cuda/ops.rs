@@ -12,7 +12,8 @@ use crate::decoder::weights::HostTensor;
 use crate::error::{Error, Result};
 use crate::format::{Element, Pod};
 use crate::layout::checked_product;
-use crate::raw::abi::{activation, check};
+use crate::raw::abi::activation;
+use crate::raw::cuda::check;
 
 /// Enqueues one kernel of `quantkv_decoder.h`; in a build without kernels, says so.
 macro_rules! enqueue {

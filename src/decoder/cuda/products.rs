@@ -24,7 +24,8 @@ use crate::Backend;
 use crate::cuda::{CUDA, CudaBackend, CudaBuffer, driver};
 use crate::error::{Error, Result};
 use crate::format::{DType, Element};
-use crate::raw::abi::{activation, check};
+use crate::raw::abi::activation;
+use crate::raw::cuda::check;
 
 /// What NVIDIA's documentation recommends for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;

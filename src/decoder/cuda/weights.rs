@@ -20,7 +20,8 @@ use crate::error::{Error, Result};
 use crate::format::DType;
 use crate::layout::checked_product;
 use crate::memory::PageLock;
-use crate::raw::abi::{activation, check};
+use crate::raw::abi::activation;
+use crate::raw::cuda::check;
 
 /// Bytes of one half of the staging memory.
 const HALF_BYTES: usize = 16 << 20;
