@@ -213,6 +213,8 @@ fn a_row_of_a_product_is_the_same_bits_in_every_batch() {
     for device in devices() {
         match &device {
             devices::Device::Cpu(cpu) => check::<_, f32>(&**cpu),
+            #[cfg(feature = "rocm")]
+            devices::Device::Rocm(_) => {}
             #[cfg(feature = "cuda")]
             devices::Device::Cuda(cuda) => {
                 let own = &with_both_products(cuda)[0];

@@ -26,9 +26,11 @@ template <class Body> int with_activation(int32_t format, Body body) {
   }
 }
 
+constexpr int64_t kMaxSize = 0x7fffffff;
+
 // Whether each of `count` sizes is in 1 .. 2^31 - 1, so that products of two of them fit in 64 bits.
 template <class... Sizes> bool are_sizes(Sizes... sizes) {
-  return ((sizes > 0 && sizes <= kMaxGridX) && ...);
+  return ((sizes > 0 && sizes <= kMaxSize) && ...);
 }
 
 template <class... Pointers> bool are_given(Pointers... pointers) { return ((pointers != nullptr) && ...); }
@@ -119,7 +121,7 @@ QUANTKV_API int QKV_ENTRY(decoder_rope)(const quantkv_decoder_rope *op, quantkv_
     return QUANTKV_INVALID_ARGUMENT;
   }
   const int64_t heads = op->rows * op->heads, half = op->head_dim / 2;
-  if (heads > kMaxGridX || ceil_div(heads * half, kRopeThreads) > kMaxGridX) return QUANTKV_INVALID_ARGUMENT;
+  if (heads > kMaxSize || ceil_div(heads * half, kRopeThreads) > kMaxGridX) return QUANTKV_INVALID_ARGUMENT;
   const Grid grid = {ceil_div(heads * half, kRopeThreads), 1, 1};
   const RopeParams params = {op->x, op->cos, op->sin, op->rows, op->heads, half};
   return with_activation(op->activation, [&](auto tag) {

@@ -39,7 +39,9 @@ use crate::args::{
     Absmax, CacheWrite, Dequantize, Gather, GatherBytes, MergeStates, PagedAttention, Quantize, SwapBlocks,
     UpdateScales,
 };
-use crate::error::{Error, Result};
+#[cfg_attr(not(quantkv_stub), allow(unused_imports))] // the documentation of `entry_points!` names it
+use crate::error::Error;
+use crate::error::Result;
 use crate::format::{DType, Element};
 use crate::layout::CacheShape;
 
@@ -98,9 +100,3 @@ pub fn check_version() -> Result<()> {
 }
 
 entry_points!(Cuda);
-
-/// What a status of a function of `quantkv_decoder.h` stands for.
-#[cfg(feature = "decoder")]
-pub(crate) fn check(call: &'static str, status: c_int) -> Result<()> {
-    super::gpu::check::<Cuda>(call, status)
-}

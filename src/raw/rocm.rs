@@ -35,7 +35,9 @@ use crate::args::{
     Absmax, CacheWrite, Dequantize, Gather, GatherBytes, MergeStates, PagedAttention, Quantize, SwapBlocks,
     UpdateScales,
 };
-use crate::error::{Error, Result};
+#[cfg_attr(not(quantkv_stub), allow(unused_imports))] // the documentation of `entry_points!` names it
+use crate::error::Error;
+use crate::error::Result;
 use crate::format::{DType, Element};
 use crate::layout::CacheShape;
 

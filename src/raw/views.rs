@@ -79,8 +79,7 @@ pub(crate) fn layer_pointers<'p, S: ?Sized, M: DeviceMemory<S>>(
     stream: &S,
 ) -> Result<LayerMut<'p, Pointers>> {
     let LayerMut { k, v, k_dynamic, v_dynamic } = layer;
-    let dynamic =
-        |view: Option<M::Mut<'_, f32>>, what| view.map(|view| M::pointer_mut(view, stream, what)).transpose();
+    let dynamic = |view: Option<M::Mut<'_, f32>>, what| view.map(|view| M::pointer_mut(view, stream, what)).transpose();
     Ok(LayerMut {
         k: M::pointer_mut(M::reborrow(k), stream, "k")?,
         v: M::pointer_mut(M::reborrow(v), stream, "v")?,

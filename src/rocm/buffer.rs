@@ -241,9 +241,7 @@ fn part<T>(address: u64, len: usize, range: impl RangeBounds<usize>) -> Result<(
 /// Refuses a buffer that nothing would order with this stream's work.
 pub(crate) fn check_stream(of_buffer: Option<&RocmStream>, stream: &RocmStream, what: &'static str) -> Result<()> {
     match of_buffer {
-        Some(other) if other.handle != stream.handle || other.device() != stream.device() => {
-            Err(Error::OtherStream { what })
-        }
+        Some(other) if !other.is_same(stream) => Err(Error::OtherStream { what }),
         _ => Ok(()),
     }
 }

@@ -41,6 +41,11 @@ impl RocmStream {
         self.device as usize
     }
 
+    /// Whether both are the same stream.
+    pub(crate) fn is_same(&self, other: &RocmStream) -> bool {
+        self.handle == other.handle && self.device == other.device
+    }
+
     /// Makes the device current on this thread.
     pub(super) fn bind(&self) -> Result<()> {
         self.runtime.set_device(self.device)
