@@ -16,6 +16,8 @@ use std::time::SystemTime;
 pub struct Compiler {
     pub program: PathBuf,
     pub flags: Vec<OsString>,
+    /// Flags for one source more.
+    pub flags_of: fn(&Path) -> Vec<OsString>,
     /// Where objects go: see [`environment::object_folder`](crate::environment::object_folder).
     pub folder: PathBuf,
     /// A line of the compiler's output that makes its success a failure, if it has one.
@@ -32,6 +34,7 @@ struct Job<'a> {
 impl Job<'_> {
     fn arguments(&self) -> Vec<OsString> {
         let mut arguments = self.compiler.flags.clone();
+        arguments.extend((self.compiler.flags_of)(self.source));
         arguments.extend(["-MD".into(), "-MF".into(), self.object.with_extension("d").into()]);
         arguments.extend(["-c".into(), self.source.into(), "-o".into(), self.object.clone().into()]);
         arguments

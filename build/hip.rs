@@ -160,7 +160,7 @@ enum Half {
 
 fn host_compiler(clang: &Clang, target: &str, half: Half) -> Result<Compiler, String> {
     let mut flags = clang.first_flags();
-    match half {
+    match &half {
         Half::Launches => {
             flags.extend(FREESTANDING.map(OsString::from));
             flags.push("--offload-host-only".into());
@@ -173,10 +173,19 @@ fn host_compiler(clang: &Clang, target: &str, half: Half) -> Result<Compiler, St
     flags.extend(host.map(OsString::from));
     flags.push(format!("--target={target}").into());
     flags.push("-Wno-unused-command-line-argument".into());
-    compiler(clang, flags)
+    let mut compiler = compiler(clang, flags)?;
+    if matches!(half, Half::Launches) {
+        // clang makes a global symbol of it, the same in every source unless it is told otherwise.
+        compiler.flags_of = |source| {
+            let name = source.file_stem().unwrap_or_default().display();
+            vec!["-Xclang".into(), format!("-cuid=quantkv_{name}").into()]
+        };
+    }
+    Ok(compiler)
 }
 
 fn compiler(clang: &Clang, flags: Vec<OsString>) -> Result<Compiler, String> {
     let key = format!("{flags:?} {} {}", clang.program.display(), clang.version);
-    Ok(Compiler { program: clang.program.clone(), flags, folder: object_folder(&key)?, refuse: |_| false })
+    let (program, folder) = (clang.program.clone(), object_folder(&key)?);
+    Ok(Compiler { program, flags, flags_of: |_| Vec::new(), folder, refuse: |_| false })
 }
