@@ -1,7 +1,7 @@
 // The instructions of csrc/core/prim.h for AMD's GPUs: clang's builtins, and arithmetic where there is no instruction.
 //
 //                 gfx90a     gfx942            gfx950     gfx11      gfx12
-//   FP8           software   E4M3 FNUZ         OCP        software   OCP          by instruction
+//   FP8           software   software          OCP        software   OCP          by instruction, where not software
 //   matrix cores  not used yet: QKV_HAS_TENSOR_CORES is 0, attention is the portable kernel's
 //
 // v_cvt_pk_fp8_f32 and v_cvt_pk_bf8_f32 round but do not saturate: what they get is clamped first, NaN kept.
@@ -66,18 +66,14 @@ QKV_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
 
 // ---- FP8 by instruction
 
-#if defined(__gfx942__)
-#define QKV_HAS_FNUZ_CONVERSION 1
-#else
-#define QKV_HAS_FNUZ_CONVERSION 0
-#endif
+// gfx942 converts FNUZ by instruction; fp8.h does not ask for that yet.
 #if defined(__gfx950__) || defined(__gfx1200__) || defined(__gfx1201__)
 #define QKV_HAS_FP8_CONVERSION 1
 #else
 #define QKV_HAS_FP8_CONVERSION 0
 #endif
 
-#if QKV_HAS_FP8_CONVERSION || QKV_HAS_FNUZ_CONVERSION
+#if QKV_HAS_FP8_CONVERSION
 // NaN stays NaN: a comparison with it is false.
 QKV_DEVICE float clamp_for_encoding(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
 
@@ -105,11 +101,6 @@ QKV_DEVICE uint32_t with_canonical_nans(uint32_t codes, const float (&x)[4]) {
   }
   return codes;
 }
-#endif
-
-#if QKV_HAS_FNUZ_CONVERSION
-QKV_DEVICE uint32_t encode_fnuz_x4(const float (&x)[4]) { return encode_3bit_x4(x, 240.0f); }
-QKV_DEVICE void decode_fnuz_x4(uint32_t codes, float (&x)[4]) { decode_3bit_x4(codes, x); }
 #endif
 
 #if QKV_HAS_FP8_CONVERSION
