@@ -79,7 +79,8 @@ fi
 
 # The flags of build/hip.rs.
 device=(-x hip -std=c++17 -nogpuinc -nogpulib -Icsrc -O3 -ffp-contract=on -mcode-object-version=5 --offload-device-only)
-x86=(--target=x86_64-unknown-linux-gnu -O2 -fPIC -march=x86-64-v3 -Wno-override-module)
+# With AVX2, clang 22.1.8 dies of pairs of f16.
+x86=(--target=x86_64-unknown-linux-gnu -O2 -fPIC -march=x86-64-v2 -mfma -mf16c -Wno-override-module)
 retarget() { # a source's name
     local made=$out/$1
     "${clang[@]}" "${device[@]}" "--offload-arch=$arch" -S -emit-llvm -MD -MF "$made.d" "csrc/hip/$1.hip" -o "$made.ll"
