@@ -12,7 +12,9 @@
 #
 # clang makes LLVM IR of csrc/hip/*.hip as it does for the device, testing/amd/retarget.rs turns it into IR for x86-64,
 # and testing/amd/{machine,hip}.cpp run it as libamdhip64.so.7 (docs/rocm.md). The crate is built as ever, with real code
-# for that architecture; it only finds another runtime. The compiler is QUANTKV_HIP_CLANG, else clang-19 and newer ones.
+# for that architecture; it only finds another runtime. The compiler is QUANTKV_HIP_CLANG, else that of
+# .rocm, else clang-22 to clang-19. QUANTKV_HIP_ARCHS: the library's architectures, if not ARCH alone. With all of them
+# in it, the same test programs serve every ARCH.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -25,7 +27,7 @@ while [ $# -gt 0 ]; do
         --self-test) self_test=1 ;;
         --prepare) prepare_only=1 ;;
         --) shift; break ;;
-        *) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2 ;;
+        *) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
     shift
 done
@@ -63,22 +65,33 @@ if [ $self_test = 1 ]; then
     exit 0
 fi
 
+# The compiler that is named, else the ziglang wheel's (scripts/get-rocm-clang.sh --zig), else Debian's.
 if [ -z "${QUANTKV_HIP_CLANG:-}" ]; then
-    for name in clang-19 clang-20 clang-21 clang-22; do
-        if command -v $name >/dev/null; then QUANTKV_HIP_CLANG=$name; break; fi
-    done
+    if [ -x .rocm/ziglang/zig ]; then
+        QUANTKV_HIP_CLANG="$PWD/.rocm/ziglang/zig clang"
+    else
+        for name in clang-22 clang-21 clang-20 clang-19; do
+            if command -v $name >/dev/null; then QUANTKV_HIP_CLANG=$name; break; fi
+        done
+    fi
 fi
-: "${QUANTKV_HIP_CLANG:?clang 19 or newer is needed: scripts/get-rocm-clang.sh}"
-export QUANTKV_HIP_CLANG QUANTKV_HIP_ARCHS=$arch
+: "${QUANTKV_HIP_CLANG:?clang 19 or newer is needed, and 22 for gfx950: scripts/get-rocm-clang.sh}"
+export QUANTKV_HIP_CLANG QUANTKV_HIP_ARCHS=${QUANTKV_HIP_ARCHS:-$arch}
 read -r -a clang <<<"$QUANTKV_HIP_CLANG"
-# zig has clang's own headers where clang does not look.
 program=$(command -v "${clang[0]}")
-if [ -d "$(dirname "$program")/lib/include" ] && [ ${#clang[@]} -gt 1 ]; then
-    clang+=(-isystem "$(dirname "$program")/lib/include")
-fi
 
+# Objects of another compiler are made again.
+version=$("${clang[@]}" --version | head -1)
+if [ "$(cat "$out/compiler" 2>/dev/null)" != "$version" ]; then
+    rm -f "$out"/*.o
+    echo "$version" >"$out/compiler"
+fi
 # The flags of build/hip.rs.
-device=(-x hip -std=c++17 -nogpuinc -nogpulib -Icsrc -O3 -ffp-contract=on -mcode-object-version=5 --offload-device-only)
+device=(-Wno-unused-command-line-argument -x hip -std=c++17 -nogpuinc -nogpulib -Icsrc -O3 -ffp-contract=on -mcode-object-version=5 --offload-device-only)
+# zig has clang's own headers where clang does not look.
+if [ ${#clang[@]} -gt 1 ] && [ -d "$(dirname "$program")/lib/include" ]; then
+    device+=(-isystem "$(dirname "$program")/lib/include")
+fi
 # With AVX2, clang 22.1.8 dies of pairs of f16.
 x86=(--target=x86_64-unknown-linux-gnu -O2 -fPIC -march=x86-64-v2 -mfma -mf16c -Wno-override-module)
 retarget() { # a source's name

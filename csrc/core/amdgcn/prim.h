@@ -1,7 +1,7 @@
 // The instructions of csrc/core/prim.h for AMD's GPUs: clang's builtins, and arithmetic where there is no instruction.
 //
-//                 gfx90a     gfx942            gfx950     gfx11      gfx12
-//   FP8           software   software          OCP        software   OCP          by instruction, where not software
+//                 gfx90a     gfx942       gfx950     gfx11      gfx12
+//   FP8           software   E4M3 FNUZ    OCP        software   OCP          by instruction; all else in software
 //   matrix cores  not used yet: QKV_HAS_TENSOR_CORES is 0, attention is the portable kernel's
 //
 // v_cvt_pk_fp8_f32 and v_cvt_pk_bf8_f32 round but do not saturate: what they get is clamped first, NaN kept.
@@ -65,35 +65,24 @@ QKV_DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
 }
 
 // ---- FP8 by instruction
-
-// gfx942 converts FNUZ by instruction; fp8.h does not ask for that yet.
-#if defined(__gfx950__) || defined(__gfx1200__) || defined(__gfx1201__)
+//
+// QKV_FP8_BY_F32 is the format with three mantissa bits that the device's instructions convert from and to f32, not
+// defined where there are none. QKV_HAS_FP8_CONVERSION: that is OCP's, and E5M2 has instructions too.
+#if defined(__gfx942__)
+#define QKV_FP8_BY_F32 Format::E4M3Fnuz
+#define QKV_HAS_FP8_CONVERSION 0
+#elif defined(__gfx950__) || defined(__gfx1200__) || defined(__gfx1201__)
+#define QKV_FP8_BY_F32 Format::E4M3
 #define QKV_HAS_FP8_CONVERSION 1
 #else
 #define QKV_HAS_FP8_CONVERSION 0
 #endif
 
-#if QKV_HAS_FP8_CONVERSION
+#if defined(QKV_FP8_BY_F32)
 // NaN stays NaN: a comparison with it is false.
 QKV_DEVICE float clamp_for_encoding(float x, float limit) { return x > limit ? limit : x < -limit ? -limit : x; }
 
-// Four f32 to a word of the device's 8-bit codes with three mantissa bits, x[0] in the lowest byte.
-QKV_DEVICE uint32_t encode_3bit_x4(const float (&x)[4], float limit) {
-  float c[4];
-  QKV_UNROLL
-  for (int i = 0; i < 4; i++) c[i] = clamp_for_encoding(x[i], limit);
-  const int low = __builtin_amdgcn_cvt_pk_fp8_f32(c[0], c[1], 0, false);
-  return static_cast<uint32_t>(__builtin_amdgcn_cvt_pk_fp8_f32(c[2], c[3], low, true));
-}
-QKV_DEVICE void decode_3bit_x4(uint32_t codes, float (&x)[4]) {
-  const float2_bits low = __builtin_amdgcn_cvt_pk_f32_fp8(static_cast<int>(codes), false);
-  const float2_bits high = __builtin_amdgcn_cvt_pk_f32_fp8(static_cast<int>(codes), true);
-  x[0] = low.x;
-  x[1] = low.y;
-  x[2] = high.x;
-  x[3] = high.y;
-}
-// The sign of a NaN's code goes.
+// The sign of a NaN's code goes. FNUZ has one NaN anyway.
 QKV_DEVICE uint32_t with_canonical_nans(uint32_t codes, const float (&x)[4]) {
   QKV_UNROLL
   for (int i = 0; i < 4; i++) {
@@ -101,10 +90,28 @@ QKV_DEVICE uint32_t with_canonical_nans(uint32_t codes, const float (&x)[4]) {
   }
   return codes;
 }
+
+// Four f32 to a word of codes, x[0] in the lowest byte.
+QKV_DEVICE uint32_t encode_by_f32(const float (&x)[4]) {
+  constexpr bool kFnuz = QKV_FP8_BY_F32 == Format::E4M3Fnuz;
+  float c[4];
+  QKV_UNROLL
+  for (int i = 0; i < 4; i++) c[i] = clamp_for_encoding(x[i], kFnuz ? 240.0f : 448.0f);
+  const int low = __builtin_amdgcn_cvt_pk_fp8_f32(c[0], c[1], 0, false);
+  const uint32_t codes = static_cast<uint32_t>(__builtin_amdgcn_cvt_pk_fp8_f32(c[2], c[3], low, true));
+  return kFnuz ? codes : with_canonical_nans(codes, x);
+}
+QKV_DEVICE void decode_by_f32(uint32_t codes, float (&x)[4]) {
+  const float2_bits low = __builtin_amdgcn_cvt_pk_f32_fp8(static_cast<int>(codes), false);
+  const float2_bits high = __builtin_amdgcn_cvt_pk_f32_fp8(static_cast<int>(codes), true);
+  x[0] = low.x;
+  x[1] = low.y;
+  x[2] = high.x;
+  x[3] = high.y;
+}
 #endif
 
 #if QKV_HAS_FP8_CONVERSION
-QKV_DEVICE uint32_t encode_e4m3x4(const float (&x)[4]) { return with_canonical_nans(encode_3bit_x4(x, 448.0f), x); }
 QKV_DEVICE uint32_t encode_e5m2x4(const float (&x)[4]) {
   float c[4];
   QKV_UNROLL
@@ -112,20 +119,9 @@ QKV_DEVICE uint32_t encode_e5m2x4(const float (&x)[4]) {
   const int low = __builtin_amdgcn_cvt_pk_bf8_f32(c[0], c[1], 0, false);
   return with_canonical_nans(static_cast<uint32_t>(__builtin_amdgcn_cvt_pk_bf8_f32(c[2], c[3], low, true)), x);
 }
-QKV_DEVICE uint16_t encode_e4m3x2(float low, float high) {
-  const float x[4] = {low, high, 0.0f, 0.0f};
-  return static_cast<uint16_t>(encode_e4m3x4(x));
-}
 QKV_DEVICE uint16_t encode_e5m2x2(float low, float high) {
   const float x[4] = {low, high, 0.0f, 0.0f};
   return static_cast<uint16_t>(encode_e5m2x4(x));
-}
-// By way of f32, exact.
-QKV_DEVICE void decode_e4m3x4(uint32_t codes, uint32_t &low, uint32_t &high) {
-  float x[4];
-  decode_3bit_x4(codes, x);
-  low = pack_f16(x[0], x[1]);
-  high = pack_f16(x[2], x[3]);
 }
 #endif
 
