@@ -187,5 +187,5 @@ fn host_compiler(clang: &Clang, target: &str, half: Half) -> Result<Compiler, St
 fn compiler(clang: &Clang, flags: Vec<OsString>) -> Result<Compiler, String> {
     let key = format!("{flags:?} {} {}", clang.program.display(), clang.version);
     let (program, folder) = (clang.program.clone(), object_folder(&key)?);
-    Ok(Compiler { program, flags, flags_of: |_| Vec::new(), folder, refuse: |_| false })
+    Ok(Compiler { program, flags, flags_of: |_| Vec::new(), is_clang: true, folder, refuse: |_| false })
 }

@@ -11,7 +11,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::environment::{from_cargo, variable};
+use crate::environment::{from_cargo, object_folder, variable};
 
 /// The oldest release that is supported.
 const OLDEST: u32 = 19;
@@ -129,7 +129,7 @@ impl Clang {
         // Without an lld beside it or in $PATH the compiler says this of a missing program.
         let no_linker = said.contains("lld") || said.contains("posix_spawn") || said.contains("unable to execute");
         if no_linker && self.linker.get().is_none() {
-            if let Some(linker) = rust_lld(&folder)? {
+            if let Some(linker) = rust_lld()? {
                 self.linker.get_or_init(|| Some(linker));
                 return self.probe(arch);
             }
@@ -156,7 +156,7 @@ impl Clang {
 }
 
 /// A folder with the Rust toolchain's linker under the name that clang looks for.
-fn rust_lld(out: &Path) -> Result<Option<PathBuf>, String> {
+fn rust_lld() -> Result<Option<PathBuf>, String> {
     let output = Command::new(from_cargo("RUSTC")).args(["--print", "sysroot"]).output();
     let Ok(output) = output else { return Ok(None) };
     let sysroot = PathBuf::from(String::from_utf8_lossy(&output.stdout).trim());
@@ -164,12 +164,14 @@ fn rust_lld(out: &Path) -> Result<Option<PathBuf>, String> {
     if !linker.is_file() {
         return Ok(None);
     }
-    let folder = out.join("linker");
+    // Not OUT_DIR: the folder is among the flags, and objects that several builds share have the same.
+    let folder = object_folder(&linker.to_string_lossy())?;
     let link = folder.join("lld");
-    let _ = fs::remove_file(&link);
-    // rust-lld tells its flavor by the -flavor that clang gives first.
-    let made = fs::create_dir_all(&folder).and_then(|()| link_to(&linker, &link));
-    made.map_err(|error| format!("{}: {error}", link.display()))?;
+    if fs::read_link(&link).ok().as_deref() != Some(&linker) {
+        let _ = fs::remove_file(&link);
+        // rust-lld tells its flavor by the -flavor that clang gives first.
+        link_to(&linker, &link).map_err(|error| format!("{}: {error}", link.display()))?;
+    }
     Ok(Some(folder))
 }
 

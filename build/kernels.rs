@@ -61,6 +61,7 @@ pub fn build() -> Result<(), String> {
         program: toolkit.nvcc,
         flags,
         flags_of: |_| Vec::new(),
+        is_clang: false,
         folder: object_folder(&key)?,
         refuse: if allow_spills { |_| false } else { is_spill },
     };

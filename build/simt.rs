@@ -38,7 +38,7 @@ pub fn build(sanitize: bool) -> Result<(), String> {
     let program = compiler.path().to_owned();
     let folder = object_folder(&format!("{} {flags:?}", program.display()))?;
     let objects = compile::compile(
-        &Compiler { program, flags, flags_of: |_| Vec::new(), folder, refuse: |_| false },
+        &Compiler { program, flags, flags_of: |_| Vec::new(), is_clang: false, folder, refuse: |_| false },
         &sources,
         jobs(),
     )?;

@@ -129,5 +129,5 @@ if [ $# -eq 0 ]; then
     for test in $(grep -l 'devices()' tests/*.rs); do set -- "$@" --test "$(basename "$test" .rs)"; done
 fi
 export CARGO_TARGET_DIR=$cargo_target QUANTKV_AMD_ORDER=$order QUANTKV_AMD_EMULATED=1 QUANTKV_REQUIRE_ROCM=1
-export LD_LIBRARY_PATH=$out${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+export QUANTKV_AMD_ARCH=$arch QUANTKV_AMD_RUNTIME=$out LD_LIBRARY_PATH=$out${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 "$@"

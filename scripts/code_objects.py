@@ -28,12 +28,14 @@ LOCAL_DATA_SHARE = 64 * 1024
 
 # Mnemonics that must occur in an architecture's code, and that must not.
 CONVERSIONS = ["v_cvt_pk_f32_fp8", "v_cvt_pk_fp8_f32"]
+MFMA = ["v_mfma_f32_16x16x16_f16", "v_mfma_f32_16x16x16_bf16"]
+WMMA = ["v_wmma_f32_16x16x16_f16", "v_wmma_f32_16x16x16_bf16"]
 NEEDED = {
-    "gfx90a": [],
-    "gfx942": CONVERSIONS,
-    "gfx950": [*CONVERSIONS, "v_cvt_pk_bf8_f32"],
-    "gfx1100": [],
-    "gfx1201": [*CONVERSIONS, "v_cvt_pk_bf8_f32"],
+    "gfx90a": ["v_mfma_f32_16x16x16f16", "v_mfma_f32_16x16x16bf16_1k"],
+    "gfx942": [*CONVERSIONS, *MFMA],
+    "gfx950": [*CONVERSIONS, "v_cvt_pk_bf8_f32", *MFMA],
+    "gfx1100": WMMA,
+    "gfx1201": [*CONVERSIONS, "v_cvt_pk_bf8_f32", *WMMA],
 }
 # A function that was not inlined is called by the first. The others reach scratch memory, where spills lie.
 FORBIDDEN = ["s_swappc_b64", "scratch_load", "scratch_store", "buffer_store_dword"]

@@ -8,8 +8,8 @@
 //! ```
 //! | environment | effect |
 //! |---|---|
-//! | `QUANTKV_TEST_DEVICES` | a list of `cpu` and `cuda`: no others |
-//! | `QUANTKV_REQUIRE_CUDA=1` | a missing CUDA device fails the test instead of skipping that part |
+//! | `QUANTKV_TEST_DEVICES` | a list of `cpu`, `cuda` and `rocm`: no others |
+//! | `QUANTKV_REQUIRE_CUDA=1`, `QUANTKV_REQUIRE_ROCM=1` | a missing device fails the test instead of skipping that part |
 //!
 //! Include it with `#[path = "../testing/devices.rs"] mod devices;`.
 #![allow(dead_code)]
@@ -71,8 +71,8 @@ pub fn devices() -> Vec<Device> {
     devices
 }
 
-/// [`devices`], and CUDA again with the attention kernel of every shape, which it takes by itself only
-/// where it has no better one.
+/// [`devices`], and GPUs again with the attention kernel of every shape, which they take by themselves only
+/// where they have no better one.
 pub fn attention_devices() -> Vec<Device> {
     #[allow(unused_mut)]
     let mut devices = devices();
@@ -80,6 +80,11 @@ pub fn attention_devices() -> Vec<Device> {
     if let Some(Device::Cuda(cuda)) = devices.last() {
         let portable = cuda.with_attention_kernel(quantkv::cuda::AttentionKernel::Portable);
         devices.push(Device::Cuda(Arc::new(portable)));
+    }
+    #[cfg(feature = "rocm")]
+    if let Some(Device::Rocm(rocm)) = devices.iter().rev().find(|device| matches!(device, Device::Rocm(_))) {
+        let portable = rocm.with_attention_kernel(quantkv::rocm::AttentionKernel::Portable);
+        devices.push(Device::Rocm(Arc::new(portable)));
     }
     devices
 }
@@ -102,7 +107,7 @@ impl Device {
             #[cfg(feature = "cuda")]
             Device::Cuda(cuda) => cuda.attention_kernel() != quantkv::cuda::AttentionKernel::Portable,
             #[cfg(feature = "rocm")]
-            Device::Rocm(_) => false,
+            Device::Rocm(rocm) => rocm.attention_kernel() != quantkv::rocm::AttentionKernel::Portable,
         }
     }
 
@@ -126,7 +131,8 @@ impl fmt::Display for Device {
             Device::Cuda(cuda) => write!(f, "cuda, {:?} attention", cuda.attention_kernel()),
             #[cfg(feature = "rocm")]
             Device::Rocm(rocm) => {
-                write!(f, "rocm, {}", rocm.device().map_or_else(|_| "?".into(), |device| device.name))
+                let name = rocm.device().map_or_else(|_| "?".into(), |device| device.name);
+                write!(f, "rocm, {name}, {:?} attention", rocm.attention_kernel())
             }
         }
     }

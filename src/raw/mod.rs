@@ -34,6 +34,8 @@ pub mod bindings;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 #[cfg(any(feature = "cuda", feature = "rocm"))]
+mod entry_points;
+#[cfg(any(feature = "cuda", feature = "rocm"))]
 pub(crate) mod gpu;
 #[cfg(feature = "rocm")]
 pub mod rocm;

@@ -29,8 +29,9 @@ use std::ffi::{c_int, c_void};
 
 use super::Pointers;
 use super::bindings::*;
+use super::entry_points::entry_points;
 pub use super::gpu::{AttentionKernel, BlockMemory, CopyPlan, Launch, block_memories};
-use super::gpu::{Library, entry_points, library_functions};
+use super::gpu::{Library, library_functions};
 use crate::args::{
     Absmax, CacheWrite, Dequantize, Gather, GatherBytes, MergeStates, PagedAttention, Quantize, SwapBlocks,
     UpdateScales,

@@ -53,6 +53,7 @@ pub use stream::RocmStream;
 use crate::args::UpdateScales;
 use crate::error::{Error, Result};
 use crate::raw::rocm as raw;
+pub use crate::raw::rocm::AttentionKernel;
 use crate::raw::rocm::Launch;
 use buffer::Allocation;
 
@@ -99,6 +100,7 @@ fn device(ordinal: usize) -> Result<RocmDevice> {
 #[derive(Clone, Debug)]
 pub struct RocmBackend {
     shared: Arc<Shared>,
+    attention_kernel: AttentionKernel,
 }
 
 #[derive(Debug)]
@@ -159,7 +161,7 @@ impl RocmBackend {
         let side = RocmStream::new(stream.runtime, stream.device() as c_int)?;
         let (launches, reading_faults) = (RwLock::new(()), Mutex::new(()));
         let shared = Shared { stream, side, faults, launches, reading_faults, copy_lists };
-        let backend = RocmBackend { shared: Arc::new(shared) };
+        let backend = RocmBackend { shared: Arc::new(shared), attention_kernel: AttentionKernel::Auto };
         backend.check_kernels()?;
         Ok(backend)
     }
@@ -170,6 +172,17 @@ impl RocmBackend {
         let absmax = self.zeros::<f32>("check", 1)?;
         let mut scales = self.zeros::<f32>("check", 1)?;
         self.update_scales(UpdateScales { absmax: absmax.view(), divisor: 1.0, scales: scales.view_mut() })
+    }
+
+    /// The same stream, with attention by this kernel. For tests and comparisons: the default,
+    /// [`AttentionKernel::Auto`], takes the fastest.
+    pub fn with_attention_kernel(&self, kernel: AttentionKernel) -> Self {
+        RocmBackend { attention_kernel: kernel, ..self.clone() }
+    }
+
+    /// The attention kernel in use.
+    pub fn attention_kernel(&self) -> AttentionKernel {
+        self.attention_kernel
     }
 
     /// The stream.

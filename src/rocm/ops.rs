@@ -147,7 +147,7 @@ impl Backend for RocmBackend {
             workspace
         } on self.stream());
         // SAFETY: as for the operations above.
-        self.enqueue(|launch| unsafe { raw::paged_attention(op, raw::AttentionKernel::Auto, launch) })
+        self.enqueue(|launch| unsafe { raw::paged_attention(op, self.attention_kernel, launch) })
     }
 
     fn copy_blocks(&self, op: CopyBlocks<'_, '_, Self>) -> Result<()> {

@@ -1,6 +1,7 @@
 #include "machine.h"
 
 #include <algorithm>
+#include <bit>
 #include <map>
 #include <math.h>
 #include <mutex>
@@ -22,6 +23,8 @@
 constexpr size_t kMostShared = 64 * 1024, kCanary = 4096;
 extern "C" {
 alignas(128) unsigned char amd_dynamic_shared[kMostShared + kCanary];
+// A, B and C of the lane that calls amd_product.
+alignas(32) unsigned char amd_fragments[3][32];
 void amd_register(const amd::Kernel *kernels, int64_t count);
 }
 
@@ -33,7 +36,15 @@ using quantkv::simt::Fiber;
 constexpr int kWave = QUANTKV_AMD_WAVE, kWarp = 32, kMaxThreads = 1024;
 
 enum class State : uint8_t { Ready, AtCall, AtBarrier, Done };
-enum class Call : uint8_t { Permute, Ballot, WaveBarrier };
+enum class Call : uint8_t { Permute, Ballot, WaveBarrier, FirstLane, Product };
+
+// What a lane has of a product of matrices.
+struct Fragments {
+  uint16_t a[16], b[16];
+  float c[8];
+  uint32_t terms = 0; // of a and b
+  bool is_bf16 = false;
+};
 
 struct Lane {
   Fiber fiber;
@@ -43,6 +54,7 @@ struct Lane {
   Call call = Call::WaveBarrier;
   uint32_t operand = 0, source = 0; // of Permute: the value, and the lane times 4
   uint64_t result = 0;
+  Fragments fragments;
 };
 
 // What a kernel finds behind its arguments: the first fields of code object version 5's hidden ones.
@@ -123,12 +135,62 @@ uint64_t wait_in(State state, uint32_t site) {
   return self->result;
 }
 
+float half_value(uint16_t bits, bool is_bf16) {
+  if (is_bf16) {
+    const uint32_t word = static_cast<uint32_t>(bits) << 16;
+    float value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+  }
+  const int exponent = bits >> 10 & 0x1f, fraction = bits & 0x3ff;
+  float value = exponent == 0 ? ldexpf(static_cast<float>(fraction), -24) : ldexpf(static_cast<float>(fraction + 1024), exponent - 25);
+  if (exponent == 31) value = fraction == 0 ? INFINITY : NAN;
+  return bits & 0x8000 ? -value : value;
+}
+
+// C += A B of 16 x 16 each, by the whole wave. Where the fragments of a lane lie: csrc/core/amdgcn/prim_matrix.h.
+//   terms 4 (MFMA)   8 (WMMA, gfx12)   16 (WMMA, gfx11: the upper half of the wave repeats the lower)
+bool multiply_matrices(std::span<Lane> wave) {
+  const Fragments &any = wave[0].fragments;
+  const uint32_t terms = any.terms, sums = kWave == 64 ? 4 : 8;
+  if (terms != (kWave == 64 ? 4u : terms == 16 ? 16u : 8u)) return false;
+  float a[16][16], b[16][16]; // rows of A and columns of B
+  for (size_t l = 0; l < wave.size(); l++) {
+    const Fragments &own = wave[l].fragments;
+    if (own.terms != terms || own.is_bf16 != any.is_bf16) return false;
+    const uint32_t first = terms == 16 ? 0 : static_cast<uint32_t>(l / 16) * terms;
+    for (uint32_t i = 0; i < terms; i++) {
+      if (terms == 16 && l >= 16 && (own.a[i] != wave[l - 16].fragments.a[i] || own.b[i] != wave[l - 16].fragments.b[i])) return false;
+      a[l % 16][first + i] = half_value(own.a[i], any.is_bf16);
+      b[l % 16][first + i] = half_value(own.b[i], any.is_bf16);
+    }
+  }
+  for (size_t l = 0; l < wave.size(); l++) {
+    for (uint32_t i = 0; i < sums; i++) {
+      const size_t row = terms == 16 ? 2 * i + l / 16 : l / 16 * sums + i;
+      float &sum = wave[l].fragments.c[i];
+      for (int k = 0; k < 16; k++) sum += a[row][k] * b[l % 16][k];
+    }
+  }
+  return true;
+}
+
 // Makes one call for the lanes of `wave` in `active`, a bit a lane of it.
 void make_call(std::span<Lane> wave, uint64_t active) {
   const auto is_active = [&](size_t lane) { return lane < wave.size() && (active >> lane & 1); };
   uint64_t votes = 0;
-  for (size_t l = 0; l < wave.size(); l++) {
+  size_t first = wave.size();
+  for (size_t l = wave.size(); l-- > 0;) {
     if (is_active(l) && wave[l].operand != 0) votes |= uint64_t{1} << l;
+    if (is_active(l)) first = l;
+  }
+  if (wave[first].call == Call::Product) {
+    if (wave.size() != static_cast<size_t>(kWave) || std::popcount(active) != kWave) {
+      return set_fault("thread %d: a product of matrices without all lanes of the wave", wave[first].index);
+    }
+    if (!multiply_matrices(wave)) {
+      return set_fault("thread %d: lanes of a wave give a product of matrices fragments that do not fit", wave[first].index);
+    }
   }
   for (size_t l = 0; l < wave.size(); l++) {
     if (!is_active(l)) continue;
@@ -138,7 +200,9 @@ void make_call(std::span<Lane> wave, uint64_t active) {
     // A lane that is not there has nothing sensible to give.
     case Call::Permute: lane.result = is_active(from) ? wave[from].operand : 0xffffffffu; break;
     case Call::Ballot: lane.result = votes; break;
-    case Call::WaveBarrier: break;
+    case Call::FirstLane: lane.result = wave[first].operand; break;
+    case Call::WaveBarrier:
+    case Call::Product: break;
     }
     lane.state = State::Ready;
   }
@@ -166,6 +230,18 @@ bool step_wave(std::span<Lane> wave, uint64_t &random) {
     }
   }
   if (waiting[0] == 0 && waiting[1] == 0) return false;
+  // A product waits for the other half of the wave, whatever the order.
+  const auto is_product = [&](int w) { return waiting[w] != 0 && wave[static_cast<size_t>(w) * kWarp].call == Call::Product; };
+  if (warps == 2 && sites[0] == sites[1] && is_product(0) && is_product(1)) {
+    make_call(wave, waiting[0] | waiting[1]);
+    return true;
+  }
+  for (int w = 0; w < warps; w++) {
+    if (is_product(w) && warps == 2 && waiting[1 - w] != 0) {
+      make_call(wave, waiting[1 - w]);
+      return true;
+    }
+  }
   const bool choice = order() == 0 ? true : order() == 1 ? false : next_random(random) % 2 == 0;
   if (waiting[0] != 0 && waiting[1] != 0) {
     if (sites[0] == sites[1] && choice) {
@@ -396,6 +472,24 @@ uint32_t amd_ballot_i32(uint32_t site, bool predicate) { return static_cast<uint
 void amd_wave_barrier(uint32_t site) {
   current->call = Call::WaveBarrier;
   wait_in(State::AtCall, site);
+}
+uint32_t amd_readfirstlane(uint32_t site, uint32_t value) {
+  current->call = Call::FirstLane;
+  current->operand = value;
+  return static_cast<uint32_t>(wait_in(State::AtCall, site));
+}
+uint32_t amd_readfirstlane_i32(uint32_t site, uint32_t value) { return amd_readfirstlane(site, value); }
+void amd_product(uint32_t site, uint32_t terms, bool is_bf16) {
+  Lane *self = current;
+  self->call = Call::Product;
+  self->operand = 0;
+  self->fragments.terms = terms;
+  self->fragments.is_bf16 = is_bf16;
+  memcpy(self->fragments.a, amd_fragments[0], sizeof self->fragments.a);
+  memcpy(self->fragments.b, amd_fragments[1], sizeof self->fragments.b);
+  memcpy(self->fragments.c, amd_fragments[2], sizeof self->fragments.c);
+  wait_in(State::AtCall, site);
+  memcpy(amd_fragments[2], self->fragments.c, sizeof self->fragments.c);
 }
 void amd_s_barrier(uint32_t site) { wait_in(State::AtBarrier, site); }
 

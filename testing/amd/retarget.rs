@@ -10,6 +10,7 @@
 //! address spaces                      one: pointers of all kinds become `ptr`
 //! llvm.amdgcn.x.y(..)                 amd_x_y(..), which machine.cpp has; those that lanes do together get one argument
 //!                                     more, the number of the call: lanes meet at the same one
+//! mfma and wmma                       the fragments go to machine.cpp through memory: x86-64 passes no such vectors
 //! local data share                    globals, listed by kernel: machine.cpp fills them with NaN before each block
 //! amdgpu_kernel k(byref(T) ptr)       a function, and a thunk that takes addresses of its arguments
 //! ```
@@ -40,7 +41,22 @@ const OF_LANE: [&str; 17] = [
     "fmed3.f32",
 ];
 /// Intrinsics that lanes do together.
-const TOGETHER: [&str; 5] = ["ds.bpermute", "ballot.i64", "ballot.i32", "s.barrier", "wave.barrier"];
+const TOGETHER: [&str; 7] = [
+    "ds.bpermute",
+    "ballot.i64",
+    "ballot.i32",
+    "s.barrier",
+    "wave.barrier",
+    "readfirstlane",
+    "readfirstlane.i32", // as newer compilers have it
+];
+/// Products of matrices: the name's start, and whether the terms are bf16.
+const PRODUCTS: [(&str, bool); 4] = [
+    ("mfma.f32.16x16x16f16", false),
+    ("mfma.f32.16x16x16bf16.1k", true),
+    ("wmma.f32.16x16x16.f16.v8f32.", false),
+    ("wmma.f32.16x16x16.bf16.v8f32.", true),
+];
 
 const LAYOUT: &str = "e-m:e-p270:32:32-p271:32:32-p272:64:64-i64:64-i128:128-f80:128-n8:16:32:64-S128";
 
@@ -117,6 +133,10 @@ fn retarget(text: &str, arch: &str) -> Result<String, String> {
         for name in &dynamic {
             line = line.replace(name.as_str(), DYNAMIC);
         }
+        if line.contains("@llvm.amdgcn.mfma.") || line.contains("@llvm.amdgcn.wmma.") {
+            out.extend(product(&line, &mut calls)?);
+            continue;
+        }
         line = intrinsics(&line, &mut calls)?;
         if line.starts_with("declare ") && !declared.insert(line.clone()) {
             continue; // two that differed by their address spaces
@@ -142,6 +162,8 @@ fn retarget(text: &str, arch: &str) -> Result<String, String> {
         return Err("an address in the local data share as a number".to_owned());
     }
     out.push(format!("{DYNAMIC} = external global [65536 x i8], align 128"));
+    out.push("@amd_fragments = external global [3 x [32 x i8]], align 32".to_owned());
+    out.push("declare void @amd_product(i32, i32, i1) convergent nounwind".to_owned());
     out.extend(tables(&kernels, &shared));
     Ok(out.join("\n") + "\n")
 }
@@ -221,6 +243,41 @@ fn intrinsics(line: &str, calls: &mut u32) -> Result<String, String> {
     }
     text.push_str(rest);
     Ok(if line.starts_with("declare") { text.replace("immarg ", "").replace(" immarg", "") } else { text })
+}
+
+/// `%5 = call <4 x float> @llvm.amdgcn.mfma..(<4 x half> %a, <4 x half> %b, <4 x float> %c, ..)`: A, B and C to
+/// @amd_fragments, a call with the number of terms, and the result from where C was. No other lane runs in between.
+fn product(line: &str, calls: &mut u32) -> Result<Vec<String>, String> {
+    if line.starts_with("declare") {
+        return Ok(Vec::new());
+    }
+    let unknown = || format!("a product of matrices of a kind that is not known: {line}");
+    let (result, call) = line.split_once(" = ").ok_or_else(unknown)?;
+    let at = call.find("@llvm.amdgcn.").ok_or_else(unknown)? + "@llvm.amdgcn.".len();
+    let open = at + call[at..].find('(').ok_or_else(unknown)?;
+    let close = open + matching(&call[open..]).ok_or_else(unknown)?;
+    let name = &call[at..open];
+    let is_bf16 = PRODUCTS
+        .iter()
+        .find(|(known, _)| if known.ends_with('.') { name.starts_with(known) } else { name == *known })
+        .ok_or_else(unknown)?
+        .1;
+    let arguments = split(&call[open + 1..close]);
+    // MFMA's last three arguments would shuffle blocks, or negate.
+    if arguments.len() < 3 || arguments[3..].iter().any(|argument| argument != "i32 0") {
+        return Err(unknown());
+    }
+    let kind = |argument: &str| argument[..=argument.find('>').unwrap_or(0)].to_owned();
+    let terms: u32 = arguments[0].trim_start_matches('<').split(' ').next().and_then(|n| n.parse().ok()).ok_or_else(unknown)?;
+    let place = |index: usize| format!("ptr getelementptr ([32 x i8], ptr @amd_fragments, i64 {index})");
+    let mut out = Vec::new();
+    for (index, argument) in arguments[..3].iter().enumerate() {
+        out.push(format!("  store {argument}, {}, align 32", place(index)));
+    }
+    out.push(format!("  call void @amd_product(i32 {calls}, i32 {terms}, i1 {is_bf16})"));
+    out.push(format!("{result} = load {}, {}, align 32", kind(&arguments[2]), place(2)));
+    *calls += 1;
+    Ok(out)
 }
 
 /// A kernel's parameters, and its definition as a plain function.
@@ -402,6 +459,27 @@ mod tests {
         let declaration = intrinsics("declare i32 @llvm.amdgcn.ds.bpermute(i32, i32) #3", &mut calls);
         assert_eq!(declaration.unwrap(), "declare i32 @amd_ds_bpermute(i32, i32, i32) #3");
         assert_eq!(calls, 9);
+    }
+
+    #[test]
+    fn products_pass_through_memory() {
+        let line = "  %7 = tail call <4 x float> @llvm.amdgcn.mfma.f32.16x16x16f16(<4 x half> %1, <4 x half> %2, \
+                    <4 x float> zeroinitializer, i32 0, i32 0, i32 0)";
+        let mut calls = 3;
+        let out = product(line, &mut calls).unwrap();
+        assert_eq!(calls, 4);
+        assert!(out[0].contains("store <4 x half> %1, ptr"), "{out:?}");
+        assert_eq!(out[3], "  call void @amd_product(i32 3, i32 4, i1 false)");
+        assert!(out[4].starts_with("  %7 = load <4 x float>, ptr"), "{out:?}");
+        let line = "  %7 = tail call <8 x float> @llvm.amdgcn.wmma.f32.16x16x16.bf16.v8f32.v16i16(<16 x i16> %1, \
+                    <16 x i16> %2, <8 x float> %3)";
+        assert_eq!(product(line, &mut calls).unwrap()[3], "  call void @amd_product(i32 4, i32 16, i1 true)");
+        for unknown in [
+            "  %7 = call <4 x float> @llvm.amdgcn.mfma.f32.16x16x16f16(<4 x half> %1, <4 x half> %2, <4 x float> %3, i32 1, i32 0, i32 0)",
+            "  %7 = call <4 x float> @llvm.amdgcn.mfma.f32.32x32x8f16(<4 x half> %1, <4 x half> %2, <4 x float> %3, i32 0, i32 0, i32 0)",
+        ] {
+            assert!(product(unknown, &mut calls).is_err(), "{unknown}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //
 //                 gfx90a     gfx942       gfx950     gfx11      gfx12
 //   FP8           software   E4M3 FNUZ    OCP        software   OCP          by instruction; all else in software
-//   matrix cores  not used yet: QKV_HAS_TENSOR_CORES is 0, attention is the portable kernel's
+//   matrix cores  prim_matrix.h; QKV_HAS_TENSOR_CORES, which is about CUDA's 16 x 8 x 16 product of a warp, is 0
 //
 // v_cvt_pk_fp8_f32 and v_cvt_pk_bf8_f32 round but do not saturate: what they get is clamped first, NaN kept.
 #pragma once
