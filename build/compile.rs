@@ -16,6 +16,10 @@ use std::time::SystemTime;
 pub struct Compiler {
     pub program: PathBuf,
     pub flags: Vec<OsString>,
+    /// Flags for one source more.
+    pub flags_of: fn(&Path) -> Vec<OsString>,
+    /// Whether it is clang, or something that passes `-Xclang` on.
+    pub is_clang: bool,
     /// Where objects go: see [`environment::object_folder`](crate::environment::object_folder).
     pub folder: PathBuf,
     /// A line of the compiler's output that makes its success a failure, if it has one.
@@ -32,7 +36,16 @@ struct Job<'a> {
 impl Job<'_> {
     fn arguments(&self) -> Vec<OsString> {
         let mut arguments = self.compiler.flags.clone();
-        arguments.extend(["-MD".into(), "-MF".into(), self.object.with_extension("d").into()]);
+        arguments.extend((self.compiler.flags_of)(self.source));
+        let dependencies = self.object.with_extension("d");
+        if self.compiler.is_clang {
+            // The front end's own flags: zig's driver takes -MF and writes nothing.
+            for word in ["-dependency-file".into(), dependencies, "-MT".into(), self.object.clone()] {
+                arguments.extend(["-Xclang".into(), word.into_os_string()]);
+            }
+        } else {
+            arguments.extend(["-MD".into(), "-MF".into(), dependencies.into()]);
+        }
         arguments.extend(["-c".into(), self.source.into(), "-o".into(), self.object.clone().into()]);
         arguments
     }

@@ -5,6 +5,8 @@ use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::PathBuf;
 
+// Without CUDA nobody asks what a twin of it is to be made with.
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))]
 pub enum Mode {
     Kernels,
     Stub,

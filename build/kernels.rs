@@ -60,6 +60,8 @@ pub fn build() -> Result<(), String> {
     let compiler = Compiler {
         program: toolkit.nvcc,
         flags,
+        flags_of: |_| Vec::new(),
+        is_clang: false,
         folder: object_folder(&key)?,
         refuse: if allow_spills { |_| false } else { is_spill },
     };

@@ -45,7 +45,11 @@ pub fn build(sanitize: bool) -> Result<(), String> {
     sources.extend(compile::sources(twin, "cpp")?);
     let program = compiler.path().to_owned();
     let folder = object_folder(&format!("{} {flags:?}", program.display()))?;
-    let objects = compile::compile(&Compiler { program, flags, folder, refuse: |_| false }, &sources, jobs())?;
+    let objects = compile::compile(
+        &Compiler { program, flags, flags_of: |_| Vec::new(), is_clang: false, folder, refuse: |_| false },
+        &sources,
+        jobs(),
+    )?;
     if objects.is_empty() {
         return Ok(());
     }

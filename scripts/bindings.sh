@@ -40,7 +40,7 @@ lints='#![allow(missing_docs, non_camel_case_types, clippy::all, clippy::undocum
 generate csrc/quantkv.h src/raw/bindings.rs 'not(quantkv_stub)' \
     "//! The C ABI, \`csrc/quantkv.h\`, in Rust. Made by scripts/bindings.sh from that file: read it there.
 $lints"
-[ ! -e csrc/quantkv_decoder.h ] || generate csrc/quantkv_decoder.h src/decoder/cuda/bindings.rs 'not(quantkv_stub)' \
+[ ! -e csrc/quantkv_decoder.h ] || generate csrc/quantkv_decoder.h src/decoder/bindings.rs 'not(quantkv_stub)' \
     "//! \`csrc/quantkv_decoder.h\` in Rust. Made by scripts/bindings.sh from that file: read it there.
 $lints
 #![allow(unused_imports)] // in a stub build

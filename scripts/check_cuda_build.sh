@@ -78,20 +78,21 @@ CU
 
 # The rules of csrc/: what a vendor's compiler has and others have not stays behind the seam.
 sources() {
-    local seam='^csrc/core/(platform|prim|prim_hopper|launch)\.h:'
+    local seam='^csrc/core/(amdgcn/)?(platform|prim|prim_hopper|prim_matrix|launch)\.h:'
     only_in_seam() { # pattern reason folders...
         local found
-        found=$(grep -rnE --include='*.h' --include='*.cu' -- "$1" "${@:3}" | grep -vE "$seam" | grep -vE ':[0-9]+: *(//|\*|/\*)' || true)
+        found=$(grep -rnE --include='*.h' --include='*.cu' --include='*.hip' --include='*.cpp' -- "$1" "${@:3}" | grep -vE "$seam" | grep -vE ':[0-9]+: *(//|\*|/\*)' || true)
         [ -z "$found" ] || fail "$2:"$'\n'"$found"
     }
     only_in_seam '\basm\b' 'inline assembly outside core/prim.h and core/prim_hopper.h' csrc
     only_in_seam '<<<' 'a launch that is not QKV_LAUNCH' csrc
     only_in_seam 'extern +__shared__' 'dynamic shared memory that is not QKV_DYNAMIC_SHARED' csrc
     only_in_seam '#include *<(cuda|cub|thrust|mma|cooperative_groups|crt|nv)' 'a vendor header outside the seam' csrc
+    only_in_seam '__builtin_amdgcn|__hip_|__GFX|__gfx|amdgpu_' 'a name of AMD outside csrc/core/amdgcn' csrc/core csrc/ops csrc/hopper csrc/amdgcn csrc/launch csrc/cuda
     only_in_seam '__(global|device|host|shared|constant|forceinline|launch_bounds|syncthreads|syncwarp|shfl|ballot|ldg)|threadIdx|blockIdx|blockDim|gridDim' \
-        'a name of CUDA C++ in a kernel: the seam has another' csrc/core csrc/ops csrc/hopper csrc/cuda
+        'a name of CUDA C++ in a kernel: the seam has another' csrc/core csrc/ops csrc/hopper csrc/amdgcn csrc/launch csrc/cuda csrc/hip
     local found
-    found=$(grep -rnE '#include *<' csrc/ops csrc/hopper csrc/cuda csrc/core | grep -vE "$seam" | grep -vE '<(stdint|stddef)\.h>' || true)
+    found=$(grep -rnE '#include *<' csrc/ops csrc/hopper csrc/amdgcn csrc/launch csrc/cuda csrc/hip csrc/core | grep -vE "$seam" | grep -vE '<(stdint|stddef)\.h>' || true)
     [ -z "$found" ] || fail "kernels include <stdint.h> and <stddef.h> and nothing else of the system's:"$'\n'"$found"
     found=$(grep -nE '\basm\b' csrc/core/platform.h csrc/core/launch.h | grep -vE '^[^:]*:[0-9]+: *//' || true)
     [ -z "$found" ] || fail "inline assembly outside core/prim.h:"$'\n'"$found"

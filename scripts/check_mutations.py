@@ -197,11 +197,12 @@ def first_failure(build, library, tests, capability=None, orders=ORDERS):
 def telling_line(output):
     """The line of a test's output that says what went wrong."""
     lines = [line.strip() for line in output.splitlines() if line.strip()]
-    for sign in ["simt: kernel", "ERROR: AddressSanitizer", "runtime error:", "panicked at"]:
+    for sign in ["simt: kernel", "amd: ", "ERROR: AddressSanitizer", "runtime error:", "panicked at"]:
         for line, after in zip(lines, lines[1:] + [""]):
             if sign in line:
                 return (after if sign == "panicked at" else line)[:160]
     return lines[-1][:160] if lines else ""
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -205,14 +205,14 @@ unsafe impl Pod for f16 {}
 unsafe impl Pod for bf16 {}
 
 /// The bytes of a slice.
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "rocm"))]
 pub(crate) fn bytes_of<T: Pod>(slice: &[T]) -> &[u8] {
     // SAFETY: a `Pod` has no padding: all its bytes are initialized.
     unsafe { std::slice::from_raw_parts(slice.as_ptr().cast(), size_of_val(slice)) }
 }
 
 /// The bytes of a slice, for writing.
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "rocm"))]
 pub(crate) fn bytes_of_mut<T: Pod>(slice: &mut [T]) -> &mut [u8] {
     // SAFETY: a `Pod` has no padding, and any bytes are a value of it.
     unsafe { std::slice::from_raw_parts_mut(slice.as_mut_ptr().cast(), size_of_val(slice)) }

@@ -2,8 +2,8 @@
 //!
 //! An LLM engine keeps the keys and values of past tokens in blocks (pages) of memory. Stored as FP8
 //! they take half the space of bf16. This crate has the operations such a cache needs, each with one
-//! stated meaning (`docs/numerics.md`), on two backends: the CPU ([`CpuBackend`]) and, with the feature `cuda`,
-//! NVIDIA GPUs (`cuda::CudaBackend`):
+//! stated meaning (`docs/numerics.md`), on three backends: the CPU ([`CpuBackend`]), with the feature `cuda`
+//! NVIDIA GPUs (`cuda::CudaBackend`), and with the feature `rocm` AMD GPUs (`rocm::RocmBackend`):
 //!
 //! | operation | does |
 //! |---|---|
@@ -71,6 +71,8 @@ mod json;
 pub mod layout;
 pub mod memory;
 pub mod raw;
+#[cfg(feature = "rocm")]
+pub mod rocm;
 pub mod scale;
 
 pub use backend::Backend;

@@ -8,8 +8,8 @@
 //! ```
 //! | environment | effect |
 //! |---|---|
-//! | `QUANTKV_TEST_DEVICES` | a list of `cpu` and `cuda`: no others |
-//! | `QUANTKV_REQUIRE_CUDA=1` | a missing CUDA device fails the test instead of skipping that part |
+//! | `QUANTKV_TEST_DEVICES` | a list of `cpu`, `cuda` and `rocm`: no others |
+//! | `QUANTKV_REQUIRE_CUDA=1`, `QUANTKV_REQUIRE_ROCM=1` | a missing device fails the test instead of skipping that part |
 //!
 //! Include it with `#[path = "../testing/devices.rs"] mod devices;`.
 #![allow(dead_code)]
@@ -26,6 +26,8 @@ pub enum Device {
     Cpu(Arc<CpuBackend>),
     #[cfg(feature = "cuda")]
     Cuda(Arc<quantkv::cuda::CudaBackend>),
+    #[cfg(feature = "rocm")]
+    Rocm(Arc<quantkv::rocm::RocmBackend>),
 }
 
 /// `$body` with `$backend` a reference to the device's backend (with `move`, an `Arc` of it): code
@@ -49,6 +51,11 @@ macro_rules! on_device {
                 let $backend = std::sync::Arc::clone(shared);
                 $body
             }
+            #[cfg(feature = "rocm")]
+            $crate::devices::Device::Rocm(shared) => {
+                let $backend = std::sync::Arc::clone(shared);
+                $body
+            }
         }
     };
 }
@@ -59,12 +66,13 @@ pub fn devices() -> Vec<Device> {
         true => Isa::ALL.into_iter().filter_map(CpuBackend::with_isa).map(|cpu| Device::Cpu(Arc::new(cpu))).collect(),
         false => Vec::new(),
     };
+    devices.extend(rocm());
     devices.extend(cuda());
     devices
 }
 
-/// [`devices`], and CUDA again with the attention kernel of every shape, which it takes by itself only
-/// where it has no better one.
+/// [`devices`], and GPUs again with the attention kernel of every shape, which they take by themselves only
+/// where they have no better one.
 pub fn attention_devices() -> Vec<Device> {
     #[allow(unused_mut)]
     let mut devices = devices();
@@ -73,12 +81,18 @@ pub fn attention_devices() -> Vec<Device> {
         let portable = cuda.with_attention_kernel(quantkv::cuda::AttentionKernel::Portable);
         devices.push(Device::Cuda(Arc::new(portable)));
     }
+    #[cfg(feature = "rocm")]
+    if let Some(Device::Rocm(rocm)) = devices.iter().rev().find(|device| matches!(device, Device::Rocm(_))) {
+        let portable = rocm.with_attention_kernel(quantkv::rocm::AttentionKernel::Portable);
+        devices.push(Device::Rocm(Arc::new(portable)));
+    }
     devices
 }
 
-/// Whether kernels run on the emulator: a thousand times slower than anything else here.
-pub const fn emulated() -> bool {
-    cfg!(quantkv_simt)
+/// Whether kernels run on an emulator: a thousand times slower than anything else here. scripts/amd.sh says so to
+/// programs that are the same on a device.
+pub fn emulated() -> bool {
+    cfg!(quantkv_simt) || std::env::var_os("QUANTKV_AMD_EMULATED").is_some()
 }
 
 impl Device {
@@ -92,6 +106,8 @@ impl Device {
             Device::Cpu(_) => false,
             #[cfg(feature = "cuda")]
             Device::Cuda(cuda) => cuda.attention_kernel() != quantkv::cuda::AttentionKernel::Portable,
+            #[cfg(feature = "rocm")]
+            Device::Rocm(rocm) => rocm.attention_kernel() != quantkv::rocm::AttentionKernel::Portable,
         }
     }
 
@@ -113,6 +129,11 @@ impl fmt::Display for Device {
             Device::Cpu(cpu) => write!(f, "cpu {}", cpu.isa()),
             #[cfg(feature = "cuda")]
             Device::Cuda(cuda) => write!(f, "cuda, {:?} attention", cuda.attention_kernel()),
+            #[cfg(feature = "rocm")]
+            Device::Rocm(rocm) => {
+                let name = rocm.device().map_or_else(|_| "?".into(), |device| device.name);
+                write!(f, "rocm, {name}, {:?} attention", rocm.attention_kernel())
+            }
         }
     }
 }
@@ -135,6 +156,17 @@ impl Parts for CpuBackend {
 
 #[cfg(feature = "cuda")]
 impl Parts for quantkv::cuda::CudaBackend {
+    fn part<'a, T: Pod>(view: Self::Ref<'a, T>, range: Range<usize>) -> Self::Ref<'a, T> {
+        view.slice(range).unwrap()
+    }
+
+    fn part_mut<'a, T: Pod>(view: Self::Mut<'a, T>, range: Range<usize>) -> Self::Mut<'a, T> {
+        view.slice_mut(range).unwrap()
+    }
+}
+
+#[cfg(feature = "rocm")]
+impl Parts for quantkv::rocm::RocmBackend {
     fn part<'a, T: Pod>(view: Self::Ref<'a, T>, range: Range<usize>) -> Self::Ref<'a, T> {
         view.slice(range).unwrap()
     }
@@ -171,6 +203,36 @@ fn cuda_of_thread() -> Option<Device> {
         }
         Err(reason) if std::env::var_os("QUANTKV_REQUIRE_CUDA").is_some_and(|value| value == "1") => {
             panic!("QUANTKV_REQUIRE_CUDA is set, but: {reason}")
+        }
+        Err(reason) => {
+            println!("skipped: {reason}");
+            None
+        }
+    })
+}
+
+/// The ROCm device, by the same rules.
+pub fn rocm() -> Option<Device> {
+    #[cfg(feature = "rocm")]
+    if wanted("rocm") {
+        return rocm_of_thread();
+    }
+    None
+}
+
+#[cfg(feature = "rocm")]
+fn rocm_of_thread() -> Option<Device> {
+    use quantkv::rocm::RocmBackend;
+    thread_local! {
+        static ROCM: quantkv::Result<RocmBackend> = RocmBackend::new(0);
+    }
+    ROCM.with(|rocm| match rocm {
+        Ok(rocm) => {
+            quantkv::Backend::faults(rocm).expect("the device to answer");
+            Some(Device::Rocm(Arc::new(rocm.clone())))
+        }
+        Err(reason) if std::env::var_os("QUANTKV_REQUIRE_ROCM").is_some_and(|value| value == "1") => {
+            panic!("QUANTKV_REQUIRE_ROCM is set, but: {reason}")
         }
         Err(reason) => {
             println!("skipped: {reason}");

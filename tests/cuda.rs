@@ -25,7 +25,7 @@ use quantkv::{Backend, CacheLayout, CacheSpec, Error, Faults, HostPool, KvFormat
 fn cuda() -> Option<Arc<CudaBackend>> {
     match devices::cuda()? {
         Device::Cuda(cuda) => Some(cuda),
-        Device::Cpu(_) => None,
+        _ => None,
     }
 }
 

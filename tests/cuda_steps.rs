@@ -28,7 +28,7 @@ use quantkv::{Backend, CacheShape, CacheSpec, Element, Error, Faults, KvFormat};
 fn cuda() -> Option<Arc<CudaBackend>> {
     match devices::cuda()? {
         Device::Cuda(cuda) => Some(cuda),
-        Device::Cpu(_) => None,
+        _ => None,
     }
 }
 

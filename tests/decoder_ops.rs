@@ -29,13 +29,19 @@ fn tiny<T: Element>() -> f64 {
     if T::DTYPE == DType::F16 { 2f64.powi(-25) } else { 1e-38 }
 }
 
-/// Checks with f32 on every device, and with 16-bit activations on CUDA.
+/// Checks with f32 on every device, and with 16-bit activations on GPUs.
 macro_rules! on_every_device {
     ($check:ident) => {
         for device in devices() {
             let name = device.to_string();
             match &device {
                 devices::Device::Cpu(cpu) => $check::<_, f32>(&**cpu, &name),
+                #[cfg(feature = "rocm")]
+                devices::Device::Rocm(rocm) => {
+                    $check::<_, f32>(&**rocm, &format!("{name}, f32"));
+                    $check::<_, f16>(&**rocm, &format!("{name}, f16"));
+                    $check::<_, bf16>(&**rocm, &format!("{name}, bf16"));
+                }
                 #[cfg(feature = "cuda")]
                 devices::Device::Cuda(cuda) => {
                     for cuda in with_both_products(cuda) {
@@ -213,6 +219,11 @@ fn a_row_of_a_product_is_the_same_bits_in_every_batch() {
     for device in devices() {
         match &device {
             devices::Device::Cpu(cpu) => check::<_, f32>(&**cpu),
+            #[cfg(feature = "rocm")]
+            devices::Device::Rocm(rocm) => {
+                check::<_, f32>(&**rocm);
+                check::<_, bf16>(&**rocm);
+            }
             #[cfg(feature = "cuda")]
             devices::Device::Cuda(cuda) => {
                 let own = &with_both_products(cuda)[0];

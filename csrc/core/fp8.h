@@ -6,8 +6,9 @@
 //   load_element, store_element      one element of any format in memory, with its scale
 //   dispatch_format, dispatch_activation   a run-time format as a compile-time one
 //
-// A word holds four codes, the first in the lowest byte. Instructions are used where the device has them; the
-// arithmetic on bits is the same algorithm as src/codec/fp8.rs.
+// A word holds four codes, the first in the lowest byte. Instructions are used where the device has them (NVIDIA's go
+// by f16, QKV_HAS_FP8_CONVERSION; AMD's by f32, QKV_FP8_BY_F32); the arithmetic on bits is the same algorithm as
+// src/codec/fp8.rs.
 //
 // An 8-bit float with M mantissa bits and exponent bias B has value 2^(e-B) * (1 + m/2^M) for exponent field
 // e > 0, and 2^(1-B) * m/2^M for e = 0.
@@ -64,8 +65,15 @@ template <Format F> QKV_DEVICE uint32_t encode_by_bits(float x) {
 
 // Two codes, `low` in the lower byte.
 template <Format F> QKV_DEVICE uint32_t encode2(float low, float high) {
-#if QKV_HAS_FP8_CONVERSION
+#if defined(QKV_FP8_BY_F32)
+  if constexpr (F == QKV_FP8_BY_F32) {
+    const float x[4] = {low, high, 0.0f, 0.0f};
+    return encode_by_f32(x) & 0xffffu;
+  }
+#elif QKV_HAS_FP8_CONVERSION
   if constexpr (F == Format::E4M3) return encode_e4m3x2(low, high);
+#endif
+#if QKV_HAS_FP8_CONVERSION
   if constexpr (F == Format::E5M2) return encode_e5m2x2(low, high);
 #endif
   return encode_by_bits<F>(low) | encode_by_bits<F>(high) << 8;
@@ -75,8 +83,12 @@ template <Format F> QKV_DEVICE uint32_t encode(float x) { return encode2<F>(x, 0
 
 // Four codes, x[0] in the lowest byte.
 template <Format F> QKV_DEVICE uint32_t encode4(const float (&x)[4]) {
-#if QKV_HAS_FP8_CONVERSION
+#if defined(QKV_FP8_BY_F32)
+  if constexpr (F == QKV_FP8_BY_F32) return encode_by_f32(x);
+#elif QKV_HAS_FP8_CONVERSION
   if constexpr (F == Format::E4M3) return encode_e4m3x4(x);
+#endif
+#if QKV_HAS_FP8_CONVERSION
   if constexpr (F == Format::E5M2) return encode_e5m2x4(x);
 #endif
   return encode2<F>(x[0], x[1]) | encode2<F>(x[2], x[3]) << 16;
@@ -94,7 +106,15 @@ template <Format F> QKV_DEVICE void decode4_to_f16(uint32_t codes, uint32_t &low
     high = byte_permute(codes, 0, 0x3424);
     return;
   }
-#if QKV_HAS_FP8_CONVERSION
+#if defined(QKV_FP8_BY_F32)
+  if constexpr (F == QKV_FP8_BY_F32) {
+    float x[4];
+    decode_by_f32(codes, x);
+    low = pack_f16(x[0], x[1]);
+    high = pack_f16(x[2], x[3]);
+    return;
+  }
+#elif QKV_HAS_FP8_CONVERSION
   if constexpr (F == Format::E4M3) {
     decode_e4m3x4(codes, low, high);
     return;
@@ -136,6 +156,9 @@ QKV_DEVICE void unpack_bf16(uint32_t pair, float &low, float &high) {
 
 // Four codes to f32, exact.
 template <Format F> QKV_DEVICE void decode4(uint32_t codes, float (&x)[4]) {
+#if defined(QKV_FP8_BY_F32)
+  if constexpr (F == QKV_FP8_BY_F32) return decode_by_f32(codes, x);
+#endif
   uint32_t low, high;
   decode4_to_f16<F>(codes, low, high);
   unpack_f16(low, x[0], x[1]);
@@ -143,6 +166,13 @@ template <Format F> QKV_DEVICE void decode4(uint32_t codes, float (&x)[4]) {
 }
 
 template <Format F> QKV_DEVICE float decode(uint32_t code) {
+#if defined(QKV_FP8_BY_F32)
+  if constexpr (F == QKV_FP8_BY_F32) {
+    float x[4];
+    decode_by_f32(code & 0xffu, x);
+    return x[0];
+  }
+#endif
   uint32_t low, high;
   decode4_to_f16<F>(code & 0xffu, low, high);
   return to_f32(f16{static_cast<uint16_t>(low)});

@@ -16,8 +16,13 @@ struct Grid {
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Limits of grids on every device supported; launchers loop inside kernels beyond them.
+// Limits of grids on every device supported; launchers loop inside kernels beyond them. AMD's have fewer than 2^32
+// threads in a dimension, of which a block has at most 1024.
+#if defined(__HIP__)
+constexpr int64_t kMaxGridX = 0x3fffff;
+#else
 constexpr int64_t kMaxGridX = 0x7fffffff;
+#endif
 constexpr int64_t kMaxGridYZ = 65535;
 
 // A block has 48 KB of shared memory without asking, its static arrays included. Launches with more dynamic shared
@@ -37,6 +42,10 @@ constexpr bool kHasHopperKernels = false;
 #if defined(QUANTKV_SIMT)
 
 #include "simt/launch.h" // testing/simt
+
+#elif defined(__HIP__)
+
+#include "amdgcn/launch.h"
 
 #else
 
@@ -152,4 +161,9 @@ int launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_byte
 #define QKV_LAUNCH_OVERLAPPED(kernel, grid, threads, shared_bytes, stream, ...)                                        \
   quantkv::launch(QKV_UNPAREN kernel, grid, threads, shared_bytes, stream, true, __VA_ARGS__)
 
+#endif
+
+// The C function of an operation, by the vendor it is compiled for.
+#ifndef QKV_ENTRY
+#define QKV_ENTRY(name) quantkv_cuda_##name
 #endif

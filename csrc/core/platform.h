@@ -1,5 +1,5 @@
 // The seam between kernels and what runs them. Kernels use nothing but these names, so that the same source is
-// compiled by nvcc (this file), by an amdgcn clang, and by a host compiler as fibers (testing/simt, chosen by
+// compiled by nvcc (this file), by an amdgcn clang (amdgcn/), and by a host compiler as fibers (testing/simt, chosen by
 // QUANTKV_SIMT). Instructions proper (conversions, mma, cp.async) are in prim.h, launches in launch.h.
 //
 //   QKV_KERNEL void k(Params p)          a kernel;  QKV_LAUNCH_BOUNDS(threads, blocks) before its name
@@ -75,8 +75,12 @@ QKV_DEVICE void fence_device() { __threadfence(); }
 
 } // namespace quantkv
 
+#elif defined(__HIP__)
+
+#include "amdgcn/platform.h"
+
 #else
-#error "platform.h: unknown compiler; nvcc, or a host compiler with QUANTKV_SIMT"
+#error "platform.h: unknown compiler; nvcc, clang -x hip, or a host compiler with QUANTKV_SIMT"
 #endif
 
 // The compute capability kernels are being compiled for, 10 * major + minor; 0 where only host code is.

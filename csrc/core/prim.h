@@ -1,4 +1,4 @@
-// Single instructions behind names: the only inline PTX of the library. Each function has a host twin in
+// Single instructions behind names: the only inline PTX of the library (AMD's are in amdgcn/). Each function has a host twin in
 // testing/simt/prim.h and a conformance test that runs on hardware.
 //
 // Fragments of the 16 x 8 x 16 product (mma_16816_*), lane = 4*g + t:
@@ -12,6 +12,10 @@
 #if defined(QUANTKV_SIMT)
 
 #include "simt/prim.h" // testing/simt
+
+#elif defined(__HIP__)
+
+#include "amdgcn/prim.h"
 
 #else
 

@@ -1,22 +1,10 @@
 // Which calls the decode kernel (ops/paged_attention_decode.h) takes, and its launch. Instantiations are compiled a
 // format a file: paged_attention_decode_{e4m3,e5m2,f16,bf16}.cu.
 #pragma once
-#include "../core/launch.h"
+#include "../launch/paged_attention_kernels.h"
 #include "../ops/paged_attention_decode.h"
 
 namespace quantkv {
-
-// What the plan must know of the kernel that will run.
-struct DecodeConfig {
-  int32_t max_rows;                  // of a (group, column): 8 or 16; 0: there is no kernel for this call
-  int32_t blocks_per_multiprocessor; // with `rows` rows
-};
-
-// The configuration for groups of at most `rows` rows (<= max_rows; 16 if not known yet).
-DecodeConfig decode_config(const quantkv_paged_attention &op, const Device &device, int32_t rows);
-
-// Enqueues the kernel. The call has a configuration, and list.rows is at most its max_rows.
-int launch_decode(const AttentionParams &params, const WorkList &list, const Device &device, void *stream);
 
 // One format's part of these two: `run` with a shape chosen, or 0 / QUANTKV_UNSUPPORTED.
 template <Format F> DecodeConfig decode_config_of(const quantkv_paged_attention &op, const Device &device, int32_t rows);

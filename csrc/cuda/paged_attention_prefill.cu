@@ -1,6 +1,6 @@
 // The tensor-core attention kernel for many query rows: what it can do, and its launch.
 #include "../ops/paged_attention_prefill.h"
-#include "paged_attention_kernels.h"
+#include "../launch/paged_attention_kernels.h"
 
 namespace quantkv {
 namespace {

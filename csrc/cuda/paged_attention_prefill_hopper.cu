@@ -1,6 +1,6 @@
 // The attention kernel of sm_90a for many query rows: what it can do, and its launch.
 #include "../hopper/paged_attention_prefill.h"
-#include "paged_attention_kernels.h"
+#include "../launch/paged_attention_kernels.h"
 
 namespace quantkv {
 namespace {

@@ -8,11 +8,11 @@ use super::program::Failure;
 // Flags of every program that runs a model. (A doc comment here would become the program's own.)
 #[derive(Clone, Debug, clap::Args)]
 pub struct DeviceArgs {
-    /// Where to run: cpu, cuda (the first device) or cuda:N
+    /// Where to run: cpu, cuda or rocm (the first device), cuda:N or rocm:N
     #[arg(long, value_name = "DEVICE", default_value = "cpu", value_parser = device)]
     pub device: Device,
 
-    /// What activations are computed in; auto is the model's own dtype on CUDA, f32 on the CPU
+    /// What activations are computed in; auto is the model's own dtype on a GPU, f32 on the CPU
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     pub activations: Activations,
 
@@ -27,6 +27,7 @@ pub enum Device {
     Cpu,
     /// The device of this number.
     Cuda(usize),
+    Rocm(usize),
 }
 
 fn device(text: &str) -> Result<Device, String> {
@@ -34,10 +35,12 @@ fn device(text: &str) -> Result<Device, String> {
     match text.split_once(':') {
         None if text == "cpu" => Some(Device::Cpu),
         None if text == "cuda" => Some(Device::Cuda(0)),
+        None if text == "rocm" => Some(Device::Rocm(0)),
         Some(("cuda", ordinal)) => number(ordinal).map(Device::Cuda),
+        Some(("rocm", ordinal)) => number(ordinal).map(Device::Rocm),
         _ => None,
     }
-    .ok_or_else(|| "expected cpu, cuda or cuda:N".into())
+    .ok_or_else(|| "expected cpu, cuda, cuda:N, rocm or rocm:N".into())
 }
 
 /// `--activations`.
@@ -64,7 +67,7 @@ impl Activations {
 /// What programs ask of a backend beside computing.
 #[allow(dead_code)] // each asks for its part
 pub trait Machine {
-    /// `cpu`, `cuda:0`.
+    /// `cpu`, `cuda:0`, `rocm:0`.
     fn label(&self) -> String;
     /// One line about it for tables.
     fn describe(&self) -> String;
@@ -92,8 +95,8 @@ impl Machine for CpuBackend {
 
 /// What runs on a backend: the program gives one, this module the backend.
 pub trait Job {
-    /// The model's own dtype, which `--activations auto` means on CUDA.
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    /// The model's own dtype, which `--activations auto` means on a GPU.
+    #[cfg_attr(not(any(feature = "cuda", feature = "rocm")), allow(dead_code))]
     fn model_dtype(&self) -> Result<DType, Failure>;
 
     /// Runs on it.
@@ -105,10 +108,11 @@ impl DeviceArgs {
     pub fn run(&self, graphs: bool, job: impl Job) -> Result<(), Failure> {
         match (self.device, self.activations.dtype()) {
             (Device::Cpu, None | Some(DType::F32)) => job.run::<CpuBackend, f32>(CpuBackend::new()),
-            (Device::Cpu, Some(given)) => {
-                Err(Failure::User(format!("--activations {given}: the CPU computes with f32; use --device cuda")))
-            }
+            (Device::Cpu, Some(given)) => Err(Failure::User(format!(
+                "--activations {given}: the CPU computes with f32; use --device cuda or rocm"
+            ))),
             (Device::Cuda(ordinal), activations) => self.run_on_cuda(ordinal, activations, graphs, job),
+            (Device::Rocm(ordinal), activations) => run_on_rocm(ordinal, activations, job),
         }
     }
 
@@ -120,7 +124,6 @@ impl DeviceArgs {
         graphs: bool,
         job: impl Job,
     ) -> Result<(), Failure> {
-        use half::{bf16, f16};
         use quantkv::cuda::CudaBackend;
         use quantkv::decoder::cuda::{DecoderOptions, Products};
 
@@ -132,16 +135,52 @@ impl DeviceArgs {
         let backend = CudaBackend::new(ordinal)?.with_decoder_options(DecoderOptions { products, graphs });
         // Now rather than after minutes of loading.
         backend.uses_cublaslt()?;
-        match activations.map_or_else(|| job.model_dtype(), Ok)? {
-            DType::F32 => job.run::<_, f32>(backend),
-            DType::F16 => job.run::<_, f16>(backend),
-            DType::BF16 => job.run::<_, bf16>(backend),
-        }
+        run_in(activations, backend, job)
     }
 
     #[cfg(not(feature = "cuda"))]
     fn run_on_cuda(&self, _: usize, _: Option<DType>, _: bool, _: impl Job) -> Result<(), Failure> {
         Err(Failure::User("--device cuda: this program was built without CUDA (build it with --features cuda)".into()))
+    }
+}
+
+#[cfg(feature = "rocm")]
+fn run_on_rocm(ordinal: usize, activations: Option<DType>, job: impl Job) -> Result<(), Failure> {
+    run_in(activations, quantkv::rocm::RocmBackend::new(ordinal)?, job)
+}
+
+#[cfg(not(feature = "rocm"))]
+fn run_on_rocm(_: usize, _: Option<DType>, _: impl Job) -> Result<(), Failure> {
+    Err(Failure::User("--device rocm: this program was built without ROCm (build it with --features rocm)".into()))
+}
+
+/// With the activations asked for, or the model's own.
+#[cfg(any(feature = "cuda", feature = "rocm"))]
+fn run_in<B>(activations: Option<DType>, backend: B, job: impl Job) -> Result<(), Failure>
+where
+    B: Machine + Compute<f32> + Compute<half::f16> + Compute<half::bf16>,
+{
+    match activations.map_or_else(|| job.model_dtype(), Ok)? {
+        DType::F32 => job.run::<_, f32>(backend),
+        DType::F16 => job.run::<_, half::f16>(backend),
+        DType::BF16 => job.run::<_, half::bf16>(backend),
+    }
+}
+
+#[cfg(feature = "rocm")]
+impl Machine for quantkv::rocm::RocmBackend {
+    fn label(&self) -> String {
+        format!("rocm:{}", self.stream().device())
+    }
+
+    fn describe(&self) -> String {
+        let device = self.device().map_or_else(|_| "an AMD device".into(), |device| device.name);
+        format!("{device} ({})", self.label())
+    }
+
+    // The runtime's call for it is not among those that are loaded: what is allocated says when there is no more.
+    fn free_memory(&self) -> Option<usize> {
+        None
     }
 }
 

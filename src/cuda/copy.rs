@@ -14,12 +14,13 @@ use std::sync::PoisonError;
 use super::CudaBackend;
 use super::buffer::Allocation;
 use super::driver;
-use super::ops::layer_pointers;
 use crate::args::CopyBlocks;
 use crate::error::Result;
 use crate::layout::checked_product;
 use crate::raw::PtrRef;
-use crate::raw::cuda::{BlockMemory, CopyPlan, block_memories, copy_blocks};
+use crate::raw::cuda::{CopyPlan, block_memories, copy_blocks};
+use crate::raw::gpu::encode_copy_lists;
+use crate::raw::views::layer_pointers;
 
 impl CudaBackend {
     pub(super) fn copy_blocks_through_lists(&self, op: CopyBlocks<'_, '_, Self>) -> Result<()> {
@@ -32,7 +33,7 @@ impl CudaBackend {
         if memories.is_empty() || op.pairs.is_empty() {
             return Ok(());
         }
-        let lists = encode(&memories, op.pairs);
+        let lists = encode_copy_lists(&memories, op.pairs);
         let mut scratch = self.shared.copy_lists.lock().unwrap_or_else(PoisonError::into_inner);
         if scratch.bytes < lists.len() {
             *scratch = Allocation::zeros(self.stream(), "lists of copy_blocks", lists.len().next_power_of_two())?;
@@ -53,19 +54,4 @@ impl CudaBackend {
         // borrowed exclusively; no block is both read and written.
         self.enqueue(|launch| unsafe { copy_blocks(plan, launch) })
     }
-}
-
-/// The lists as the device reads them, memories first.
-fn encode(memories: &[BlockMemory], pairs: &[crate::args::BlockPair]) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(size_of_val(memories) + 16 * pairs.len());
-    for memory in memories {
-        bytes.extend((memory.base.addr() as u64).to_ne_bytes());
-        bytes.extend(memory.block_stride_bytes.to_ne_bytes());
-        bytes.extend(memory.block_bytes.to_ne_bytes());
-    }
-    for pair in pairs {
-        bytes.extend(i64::from(pair.src).to_ne_bytes());
-        bytes.extend(i64::from(pair.dst).to_ne_bytes());
-    }
-    bytes
 }

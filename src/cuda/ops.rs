@@ -9,8 +9,8 @@ use super::buffer::{CudaBuffer, CudaView, CudaViewMut};
 use super::driver::{self, error};
 use super::{CUDA, CudaBackend};
 use crate::args::{
-    Absmax, CacheWrite, CopyBlocks, Dequantize, Gather, GatherBytes, LayerMut, LayerRef, MergeStates, PagedAttention,
-    Quantize, SwapBlocks, UpdateScales,
+    Absmax, CacheWrite, CopyBlocks, Dequantize, Gather, GatherBytes, MergeStates, PagedAttention, Quantize, SwapBlocks,
+    UpdateScales,
 };
 use crate::backend::Backend;
 use crate::error::{Error, Result};
@@ -19,17 +19,10 @@ use crate::format::{DType, Element, Pod, bytes_of, bytes_of_mut};
 use crate::layout::CacheShape;
 use crate::memory::{Host, Memory, PageLock};
 use crate::raw::cuda as raw;
-use crate::raw::{Pointers, PtrMut, PtrRef};
-use crate::scale::ScaleRef;
+use crate::raw::views::{DeviceMemory, IntoPointers, operations, pointers};
+use crate::raw::{PtrMut, PtrRef};
 
-/// Device views that can be had as pointers, if they are of this stream.
-pub(super) trait IntoPointers {
-    type Pointers;
-
-    fn into_pointers(self, stream: &CudaStream, what: &'static str) -> Result<Self::Pointers>;
-}
-
-impl<T: Pod> IntoPointers for CudaView<'_, T> {
+impl<T: Pod> IntoPointers<CudaStream> for CudaView<'_, T> {
     type Pointers = PtrRef<T>;
 
     fn into_pointers(self, stream: &CudaStream, what: &'static str) -> Result<PtrRef<T>> {
@@ -37,7 +30,7 @@ impl<T: Pod> IntoPointers for CudaView<'_, T> {
     }
 }
 
-impl<T: Pod> IntoPointers for CudaViewMut<'_, T> {
+impl<T: Pod> IntoPointers<CudaStream> for CudaViewMut<'_, T> {
     type Pointers = PtrMut<T>;
 
     fn into_pointers(self, stream: &CudaStream, what: &'static str) -> Result<PtrMut<T>> {
@@ -45,60 +38,18 @@ impl<T: Pod> IntoPointers for CudaViewMut<'_, T> {
     }
 }
 
-impl<B: IntoPointers> IntoPointers for Option<B> {
-    type Pointers = Option<B::Pointers>;
-
-    fn into_pointers(self, stream: &CudaStream, what: &'static str) -> Result<Self::Pointers> {
-        self.map(|buffer| buffer.into_pointers(stream, what)).transpose()
+impl DeviceMemory<CudaStream> for CudaBackend {
+    fn pointer<T: Pod>(view: CudaView<'_, T>, stream: &CudaStream, what: &'static str) -> Result<PtrRef<T>> {
+        view.pointer(stream, what)
     }
-}
 
-/// Rebuilds a struct over pointers: first the fields that are plain, then those that hold buffers.
-macro_rules! pointers {
-    ($from:ident as $to:ident { $($plain:ident),*; $($buffer:ident),* } on $stream:expr) => {
-        $to {
-            $($plain: $from.$plain,)*
-            $($buffer: $from.$buffer.into_pointers($stream, stringify!($buffer))?,)*
-        }
-    };
-}
-
-impl<'a> IntoPointers for ScaleRef<'a, CudaBackend> {
-    type Pointers = ScaleRef<'a, Pointers>;
-
-    fn into_pointers(self, stream: &CudaStream, what: &'static str) -> Result<Self::Pointers> {
-        Ok(ScaleRef { values: self.values.into_pointers(stream, what)?, strides: self.strides })
+    fn pointer_mut<T: Pod>(view: CudaViewMut<'_, T>, stream: &CudaStream, what: &'static str) -> Result<PtrMut<T>> {
+        view.pointer(stream, what)
     }
-}
 
-impl<'a> IntoPointers for LayerRef<'a, CudaBackend> {
-    type Pointers = LayerRef<'a, Pointers>;
-
-    fn into_pointers(self, stream: &CudaStream, _: &'static str) -> Result<Self::Pointers> {
-        Ok(pointers!(self as LayerRef { ; k, v, k_dynamic, v_dynamic } on stream))
+    fn reborrow<'a, T: Pod>(view: &'a mut CudaViewMut<'_, T>) -> CudaViewMut<'a, T> {
+        view.reborrow()
     }
-}
-
-impl<'a> IntoPointers for LayerMut<'a, CudaBackend> {
-    type Pointers = LayerMut<'a, Pointers>;
-
-    fn into_pointers(self, stream: &CudaStream, _: &'static str) -> Result<Self::Pointers> {
-        Ok(pointers!(self as LayerMut { ; k, v, k_dynamic, v_dynamic } on stream))
-    }
-}
-
-/// The layer's pointers, while it stays borrowed.
-pub(super) fn layer_pointers<'p>(
-    layer: &mut LayerMut<'_, CudaBackend>,
-    stream: &CudaStream,
-) -> Result<LayerMut<'p, Pointers>> {
-    let LayerMut { k, v, k_dynamic, v_dynamic } = layer;
-    Ok(LayerMut {
-        k: k.reborrow().into_pointers(stream, "k")?,
-        v: v.reborrow().into_pointers(stream, "v")?,
-        k_dynamic: k_dynamic.as_mut().map(CudaViewMut::reborrow).into_pointers(stream, "k_dynamic")?,
-        v_dynamic: v_dynamic.as_mut().map(CudaViewMut::reborrow).into_pointers(stream, "v_dynamic")?,
-    })
 }
 
 impl Memory for CudaBackend {
@@ -112,18 +63,6 @@ impl Memory for CudaBackend {
     fn shorten_mut<'short, 'long: 'short, T: Pod>(buffer: CudaViewMut<'long, T>) -> CudaViewMut<'short, T> {
         buffer
     }
-}
-
-/// Declares operations that are the raw storey's once their buffers are pointers.
-macro_rules! operations {
-    ($($name:ident $(<$t:ident>)? : $op:ident { $($plain:ident),*; $($buffer:ident),* })*) => {$(
-        fn $name $(<$t: Element>)? (&self, op: $op<'_, Self $(, $t)?>) -> Result<()> {
-            let op = pointers!(op as $op { $($plain),*; $($buffer),* } on self.stream());
-            // SAFETY: the pointers are those of live views, of this stream: whatever uses or frees the memory
-            // afterwards comes later in its order. What is written is borrowed exclusively.
-            self.enqueue(|launch| unsafe { raw::$name(op, launch) })
-        }
-    )*};
 }
 
 impl Backend for CudaBackend {
@@ -174,25 +113,7 @@ impl Backend for CudaBackend {
         unsafe { driver::page_lock(self.context(), memory) }
     }
 
-    operations! {
-        cache_write<T>: CacheWrite {
-            shape, key_strides, value_strides;
-            cache, key, value, slot_mapping, k_scale, v_scale
-        }
-        merge_states<T>: MergeStates { num_tokens, num_heads, head_dim, strides; a, a_lse, b, b_lse, output, lse }
-        gather<T>: Gather {
-            shape, block_table_stride, num_tokens, key_strides, value_strides;
-            cache, k_scale, v_scale, block_tables, cu_seq_lens, starts, key, value
-        }
-        gather_bytes: GatherBytes {
-            shape, block_table_stride, num_tokens;
-            cache, block_tables, cu_seq_lens, starts, key, value
-        }
-        absmax<T>: Absmax { strides, num_tokens, num_heads, head_dim, granularity; input, running }
-        update_scales: UpdateScales { divisor; absmax, scales }
-        quantize<T>: Quantize { num_tokens, num_heads, head_dim, format, strides; input, scale, codes }
-        dequantize<T>: Dequantize { num_tokens, num_heads, head_dim, format, strides; codes, scale, output }
-    }
+    operations!();
 
     fn attention_workspace_len(&self, shape: &CacheShape, num_heads: usize, num_tokens: usize) -> usize {
         // A sequence without a query needs no room.

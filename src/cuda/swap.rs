@@ -10,11 +10,12 @@
 
 use super::CudaBackend;
 use super::driver::{self, error};
-use super::ops::{IntoPointers, layer_pointers};
-use crate::args::{LayerMut, LayerRef, SwapBlocks};
+use crate::args::SwapBlocks;
 use crate::error::Result;
 use crate::memory::Host;
-use crate::raw::{Pointers, PtrMut, PtrRef, cuda::swap_blocks};
+use crate::raw::Pointers;
+use crate::raw::cuda::swap_blocks;
+use crate::raw::views::{IntoPointers, host_mut, host_ref, layer_pointers};
 
 impl CudaBackend {
     pub(super) fn swap_to_host(&self, op: SwapBlocks<'_, '_, Self, Host>) -> Result<()> {
@@ -52,25 +53,5 @@ impl CudaBackend {
         let waits = stream.wait(&copied);
         copied.synchronize().map_err(error("cuEventSynchronize"))?;
         waits.map_err(error("cuStreamWaitEvent"))
-    }
-}
-
-fn host_ref<'p>(layer: &LayerRef<'_, Host>) -> LayerRef<'p, Pointers> {
-    let dynamic = |scales: Option<&[f32]>| scales.map(|scales| PtrRef::new(scales.as_ptr(), scales.len()));
-    LayerRef {
-        k: PtrRef::new(layer.k.as_ptr(), layer.k.len()),
-        v: PtrRef::new(layer.v.as_ptr(), layer.v.len()),
-        k_dynamic: dynamic(layer.k_dynamic),
-        v_dynamic: dynamic(layer.v_dynamic),
-    }
-}
-
-fn host_mut<'p>(layer: &mut LayerMut<'_, Host>) -> LayerMut<'p, Pointers> {
-    let dynamic = |scales: &mut [f32]| PtrMut::new(scales.as_mut_ptr(), scales.len());
-    LayerMut {
-        k: PtrMut::new(layer.k.as_mut_ptr(), layer.k.len()),
-        v: PtrMut::new(layer.v.as_mut_ptr(), layer.v.len()),
-        k_dynamic: layer.k_dynamic.as_deref_mut().map(dynamic),
-        v_dynamic: layer.v_dynamic.as_deref_mut().map(dynamic),
     }
 }

@@ -21,10 +21,13 @@
 //! logits in one chunk or in many.
 //!
 //! Activations are f32 on the CPU, also where the checkpoint is bf16: results then differ from an
-//! implementation that rounds every activation to bf16 by that rounding, and by nothing else. On CUDA
-//! they are f32, f16 or bf16, as the caller of [`Model`] chooses.
+//! implementation that rounds every activation to bf16 by that rounding, and by nothing else. On CUDA and
+//! ROCm they are f32, f16 or bf16, as the caller of [`Model`] chooses.
 
 pub mod batch;
+#[cfg(any(feature = "cuda", feature = "rocm"))]
+#[cfg_attr(not(feature = "cuda"), allow(dead_code))] // ROCm uses the structs, not CUDA's functions
+mod bindings;
 pub mod chat;
 pub mod compute;
 pub mod config;
@@ -33,6 +36,8 @@ mod cpu_ops;
 #[cfg(feature = "cuda")]
 pub mod cuda;
 pub mod engine;
+#[cfg(any(feature = "cuda", feature = "rocm"))]
+pub(crate) mod gpu;
 pub mod known;
 pub mod kv_scales;
 mod loader;
@@ -40,6 +45,8 @@ pub mod model;
 mod network;
 pub mod random;
 mod recorded;
+#[cfg(feature = "rocm")]
+pub mod rocm;
 pub mod rope;
 pub mod sampling;
 mod scratch;

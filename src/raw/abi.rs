@@ -1,13 +1,10 @@
-//! From argument structs over pointers to the structs of `quantkv.h`, and from its statuses to
-//! [`Error`]. The only place that knows both.
+//! From argument structs over pointers to the structs of `quantkv.h`. The only place that knows both.
 //!
 //! Structs come here validated, so every length and every product of sizes is within memory. A stride that
 //! is never multiplied by anything but zero, or a window, may still be any `usize`: those are cut to
 //! [`MEMORY`].
 
-#[cfg(not(quantkv_stub))]
-use std::ffi::CStr;
-use std::ffi::{c_int, c_void};
+use std::ffi::c_void;
 
 use super::bindings::*;
 use super::{Pointers, PtrMut, PtrRef};
@@ -17,9 +14,6 @@ use crate::faults::Faults;
 use crate::format::{DType, KvFormat};
 use crate::layout::{AddressMap, CacheShape, Half};
 use crate::scale::ScaleRef;
-
-/// The name of this backend in errors.
-pub(super) const CUDA: &str = "cuda";
 
 // The fault word that kernels write is read as `Faults`.
 const _: () = {
@@ -164,35 +158,4 @@ pub(super) fn check_aligned<T>(what: &'static str, data: *const T, align: usize)
 /// The same for a buffer, which may be empty and anywhere.
 pub(super) fn check_buffer_aligned<T>(what: &'static str, buffer: PtrRef<T>, align: usize) -> Result<()> {
     if buffer.len == 0 { Ok(()) } else { check_aligned(what, buffer.ptr, align) }
-}
-
-/// What a status stands for.
-pub(crate) fn check(call: &'static str, status: c_int) -> Result<()> {
-    match status {
-        QUANTKV_OK => Ok(()),
-        QUANTKV_UNSUPPORTED | QUANTKV_NO_KERNEL_FOR_DEVICE => {
-            Err(Error::NoKernel { backend: CUDA, call, message: message(status) })
-        }
-        QUANTKV_NO_DEVICE => Err(Error::NoDevice {
-            backend: CUDA,
-            reason: format!(
-                "the CUDA runtime of this build finds no usable driver (none, or one older than the toolkit the \
-                 kernels were compiled with): {}",
-                message(status)
-            ),
-        }),
-        _ => Err(Error::Device { backend: CUDA, call, code: status.into(), message: message(status) }),
-    }
-}
-
-#[cfg(not(quantkv_stub))]
-fn message(status: c_int) -> String {
-    // SAFETY: any status gets a static string that ends with a zero byte.
-    let text = unsafe { CStr::from_ptr(quantkv_cuda_status_string(status)) };
-    text.to_string_lossy().into_owned()
-}
-
-#[cfg(quantkv_stub)]
-fn message(status: c_int) -> String {
-    format!("status {status}")
 }

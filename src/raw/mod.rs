@@ -7,8 +7,8 @@
 //! they say (see *Contract*).
 //!
 //! This is the middle of the three storeys. On a GPU the lower one is the C ABI (`quantkv.h`: POD
-//! parameter structs, an opaque stream, an `int` status); `raw::bindings` (feature `cuda`) has its
-//! generated declarations, and `raw::cuda` one `unsafe fn` for each entry point,
+//! parameter structs, an opaque stream, an `int` status); `raw::bindings` (features `cuda`, `rocm`) has its
+//! generated declarations, and `raw::cuda` and `raw::rocm` one `unsafe fn` for each entry point,
 //! taking the same argument structs and a stream. On the CPU there is no stream and no C below:
 //! work is done when the call returns, by a [`CpuBackend`].
 //!
@@ -27,12 +27,20 @@
 //! nobody may write in the range of a buffer it reads, nor touch the range of one it writes, a
 //! neighbouring layer's blocks among them.
 
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "rocm"))]
 pub(crate) mod abi;
-#[cfg(feature = "cuda")]
+#[cfg(any(feature = "cuda", feature = "rocm"))]
 pub mod bindings;
 #[cfg(feature = "cuda")]
 pub mod cuda;
+#[cfg(any(feature = "cuda", feature = "rocm"))]
+mod entry_points;
+#[cfg(any(feature = "cuda", feature = "rocm"))]
+pub(crate) mod gpu;
+#[cfg(feature = "rocm")]
+pub mod rocm;
+#[cfg(any(feature = "cuda", feature = "rocm"))]
+pub(crate) mod views;
 
 use crate::args::{
     Absmax, CacheWrite, CopyBlocks, Dequantize, Gather, GatherBytes, LayerMut, LayerRef, MergeStates, PagedAttention,
@@ -84,7 +92,7 @@ impl<T> PtrMut<T> {
     }
 
     /// The same elements, to read.
-    #[cfg(feature = "cuda")]
+    #[cfg(any(feature = "cuda", feature = "rocm"))]
     fn reading(self) -> PtrRef<T> {
         PtrRef { ptr: self.ptr, len: self.len }
     }

@@ -22,7 +22,7 @@ struct Best {
 
 QKV_DEVICE Best better(Best a, Best b) {
   const bool take_b = b.index >= 0 && (a.index < 0 || b.value > a.value || (b.value == a.value && b.index < a.index));
-  return take_b ? b : a;
+  return Best{take_b ? b.value : a.value, take_b ? b.index : a.index}; // not `? b : a`: that is a choice of addresses
 }
 
 QKV_DEVICE Best best_of_warp(Best best) {

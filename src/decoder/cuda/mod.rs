@@ -16,7 +16,6 @@
 //! [`Compute`](super::Compute) that they do not. Weights stored in another type than the activations are
 //! always multiplied by our own kernel, which converts on the way.
 
-mod bindings;
 mod graph;
 mod ops;
 mod products;

@@ -17,14 +17,15 @@ use cudarc::cublaslt::result::{self, CublasError};
 use cudarc::cublaslt::sys;
 
 use super::Products;
-use super::bindings::*;
-use super::ops::{Buffers, enqueue, size};
+use super::ops::enqueue;
 use super::weights::CudaMatrix;
 use crate::Backend;
 use crate::cuda::{CUDA, CudaBackend, CudaBuffer, driver};
+use crate::decoder::bindings::*;
+use crate::decoder::gpu::{DeviceBuffers, size};
 use crate::error::{Error, Result};
 use crate::format::{DType, Element};
-use crate::raw::abi::{activation, check};
+use crate::raw::abi::activation;
 
 /// What NVIDIA's documentation recommends for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;

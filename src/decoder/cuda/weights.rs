@@ -9,37 +9,23 @@
 
 use cudarc::driver::{CudaEvent, result};
 
-use super::bindings::*;
-use super::ops::{Buffers, enqueue, size};
+use super::ops::enqueue;
 use crate::Backend;
 use crate::cuda::driver::error;
 use crate::cuda::{CudaBackend, CudaBuffer};
+use crate::decoder::bindings::*;
 use crate::decoder::compute::RandomMatrix;
+use crate::decoder::gpu::{DeviceBuffers, DeviceMatrix, size};
 use crate::decoder::weights::HostTensor;
 use crate::error::{Error, Result};
-use crate::format::DType;
-use crate::layout::checked_product;
 use crate::memory::PageLock;
-use crate::raw::abi::{activation, check};
+use crate::raw::abi::activation;
 
 /// Bytes of one half of the staging memory.
 const HALF_BYTES: usize = 16 << 20;
 
 /// A weight matrix `[rows, cols]` on the device, as stored in the checkpoint.
-#[derive(Debug)]
-pub struct CudaMatrix {
-    pub(super) rows: usize,
-    pub(super) cols: usize,
-    pub(super) dtype: DType,
-    pub(super) data: CudaBuffer<u8>,
-}
-
-impl CudaMatrix {
-    fn zeros(backend: &CudaBackend, rows: usize, cols: usize, dtype: DType) -> Result<Self> {
-        let bytes = checked_product("a weight matrix", &[rows, cols, dtype.bytes()])?;
-        Ok(CudaMatrix { rows, cols, dtype, data: backend.zeros("a weight matrix", bytes)? })
-    }
-}
+pub type CudaMatrix = DeviceMatrix<CudaBuffer<u8>>;
 
 /// Page-locked memory that weights pass through.
 #[derive(Debug)]

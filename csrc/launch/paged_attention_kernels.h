@@ -1,5 +1,4 @@
-// The attention kernels that take any number of query rows, as the launcher sees them. The decode kernel is in
-// paged_attention_decode.h.
+// The attention kernels as the launcher sees them.
 #pragma once
 #include "../core/launch.h"
 #include "../ops/paged_attention.h"
@@ -29,5 +28,17 @@ int launch_prefill(const AttentionParams &params, const WorkList &list, quantkv_
 constexpr KernelShape kPrefillHopperShape = {128, 128, 1, 4, 6};
 KernelShape prefill_hopper_shape(const quantkv_paged_attention &op, const Device &device);
 int launch_prefill_hopper(const AttentionParams &params, const WorkList &list, quantkv_stream stream);
+
+// Tensor cores, few rows: what the plan must know of the kernel that will run.
+struct DecodeConfig {
+  int32_t max_rows;                  // of a (group, column): 8 or 16; 0: there is no kernel for this call
+  int32_t blocks_per_multiprocessor; // with `rows` rows
+};
+
+// The configuration for groups of at most `rows` rows (<= max_rows; 16 if not known yet).
+DecodeConfig decode_config(const quantkv_paged_attention &op, const Device &device, int32_t rows);
+
+// Enqueues the kernel. The call has a configuration, and list.rows is at most its max_rows.
+int launch_decode(const AttentionParams &params, const WorkList &list, const Device &device, void *stream);
 
 } // namespace quantkv

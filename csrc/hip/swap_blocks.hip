@@ -1,0 +1,2 @@
+// swap_blocks, on ROCm.
+#include "../launch/swap_blocks.h"

@@ -1,0 +1,91 @@
+// Launches of cache_write: vectors where rows, strides and scales allow it, elements everywhere else.
+#pragma once
+#include "../core/check.h"
+#include "../core/launch.h"
+#include "../ops/cache_write.h"
+
+namespace quantkv {
+namespace {
+
+// Tokens of a thread: those whose loads its registers hold, and how many times as many it does at most.
+template <Format A> constexpr int kTokensInFlight = A == Format::F32 ? 1 : 2;
+constexpr int kMaxTurns = 4;
+
+template <Format A, Scales kScales> int launch_vectors(CacheWriteParams &p, int width, void *stream) {
+  constexpr int tokens = kTokensInFlight<A>;
+  p.share = share_rows(p.op.num_tokens, 2 * p.op.cache.num_kv_heads, width, kRowVectors, tokens * kMaxTurns);
+  const Grid grid = grid_of(p.share, p.op.num_tokens);
+  return QKV_LAUNCH_OVERLAPPED((cache_write_vectors<A, kScales, tokens>), grid, kRowThreads, 0, stream, p);
+}
+
+template <class T> int launch_elements(CacheWriteParams &p, void *stream) {
+  constexpr int64_t warps = kRowThreads / kWarp, most = 1 << 20;
+  p.share = RowShare{5, 2 * p.op.cache.num_kv_heads, 1, 1};
+  const int64_t blocks = ceil_div(p.op.num_tokens * p.share.rows, warps);
+  return QKV_LAUNCH_OVERLAPPED((cache_write_elements<T>), (Grid{blocks < most ? blocks : most, 1, 1}), kRowThreads, 0,
+                               stream, p);
+}
+
+bool is_by_channel(const quantkv_half &half) {
+  return is_quantized(format_of(half)) && half.scale.channel_stride != 0;
+}
+
+// Whether distances inside a block fit what RowToWrite keeps them in.
+bool is_compact(const quantkv_half &half) {
+  const int64_t chunks = half.map.chunk >= half.head_dim ? 1 : half.head_dim / half.map.chunk;
+  const int64_t size = bytes_of(half), most = INT64_C(1) << 30;
+  return half.map.slot_stride * size < most && chunks * half.map.chunk_stride * size < most;
+}
+
+template <class T> int launch_activation(CacheWriteParams &p, void *stream) {
+  constexpr Format A = FormatOf<T>::value;
+  const quantkv_half &k = p.op.cache.k, &v = p.op.cache.v;
+  const bool dynamic = k.dynamic != nullptr || v.dynamic != nullptr, by_channel = is_by_channel(k) || is_by_channel(v);
+  const bool vectors = rows_have_vectors(p.op.key, p.op.activation, k.head_dim) && half_has_vectors(k) &&
+                       rows_have_vectors(p.op.value, p.op.activation, v.head_dim) && half_has_vectors(v) &&
+                       is_compact(k) && is_compact(v);
+  const int width = (k.head_dim > v.head_dim ? k.head_dim : v.head_dim) / kVector;
+  if (!vectors || (dynamic && by_channel)) return launch_elements<T>(p, stream);
+  if (dynamic) return launch_vectors<A, Scales::Dynamic>(p, width, stream);
+  if (by_channel) return launch_vectors<A, Scales::Channel>(p, width, stream);
+  return launch_vectors<A, Scales::One>(p, width, stream);
+}
+
+int launch_tokens(const quantkv_cache_write &op, void *stream) {
+  CacheWriteParams p = {op, paging_of(op.cache), {}};
+  switch (static_cast<Format>(op.activation)) {
+  case Format::F32: return launch_activation<float>(p, stream);
+  case Format::F16: return launch_activation<f16>(p, stream);
+  default: return launch_activation<bf16>(p, stream);
+  }
+}
+
+int check(const quantkv_cache_write &op) {
+  QKV_CHECK(check_cache(op.cache));
+  QKV_CHECK(check_rows(op.key, op.activation, op.num_tokens, op.cache.num_kv_heads, op.cache.k.head_dim));
+  QKV_CHECK(check_rows(op.value, op.activation, op.num_tokens, op.cache.num_kv_heads, op.cache.v.head_dim));
+  return valid_if(op.num_tokens == 0 || (op.slot_mapping != nullptr && is_aligned(op.slot_mapping, 8)));
+}
+
+} // namespace
+} // namespace quantkv
+
+int QKV_ENTRY(cache_write)(const quantkv_cache_write *op, quantkv_stream stream) {
+  using namespace quantkv;
+  if (op == nullptr) return QUANTKV_INVALID_ARGUMENT;
+  QKV_CHECK(check(*op));
+  quantkv_cache_write part = *op;
+  part.cache = used_strides(op->cache);
+  part.key = used_strides(op->key, op->num_tokens, op->cache.num_kv_heads);
+  part.value = used_strides(op->value, op->num_tokens, op->cache.num_kv_heads);
+  const int64_t size = bytes_of(static_cast<Format>(op->activation));
+  for (int64_t done = 0; done < op->num_tokens; done += kMaxTokensPerGrid) {
+    const int64_t left = op->num_tokens - done;
+    part.num_tokens = left < kMaxTokensPerGrid ? left : kMaxTokensPerGrid;
+    part.slot_mapping = op->slot_mapping + done;
+    part.key.data = static_cast<char *>(op->key.data) + done * part.key.token_stride * size;
+    part.value.data = static_cast<char *>(op->value.data) + done * part.value.token_stride * size;
+    QKV_CHECK(launch_tokens(part, stream));
+  }
+  return QUANTKV_OK;
+}
