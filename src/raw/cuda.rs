@@ -10,7 +10,7 @@
 //!
 //! For each function of this module:
 //! * the context that the pointers and the stream belong to is current on the calling thread;
-//! * a [`PtrRef`] points to `len` elements of device memory, aligned for their type, a
+//! * a [`PtrRef`](crate::raw::PtrRef) points to `len` elements of device memory, aligned for their type, a
 //!   [`PtrMut`](crate::raw::PtrMut) likewise to memory that no other work touches; both until the work is
 //!   done *on the device*, and for a captured call as long as the graph may be replayed;
 //! * an empty buffer may have any pointer, null included;

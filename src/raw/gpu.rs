@@ -115,11 +115,11 @@ pub(super) fn check_version<L: Library>(call: &'static str, version: u32) -> Res
     })
 }
 
-/// A table of equal blocks in device memory, as [`copy_blocks`] reads it: `base`,
+/// A table of equal blocks in device memory, as `copy_blocks` reads it: `base`,
 /// `block_stride_bytes`, `block_bytes`.
 pub type BlockMemory = quantkv_block_table_memory;
 
-/// What [`copy_blocks`] copies: lists in device memory, so that a captured graph sees what they hold at
+/// What `copy_blocks` copies: lists in device memory, so that a captured graph sees what they hold at
 /// each replay.
 #[derive(Clone, Copy, Debug)]
 pub struct CopyPlan {
