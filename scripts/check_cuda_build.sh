@@ -48,7 +48,7 @@ CU
     says fail 'NVCC=/nowhere/nvcc is not a file' NVCC=/nowhere/nvcc
     says fail '/nowhere/bin/nvcc is not there' CUDA_HOME=/nowhere
     says fail 'old-nvcc is nvcc 12.3, and 12.4 or newer is needed' NVCC="$old"
-    says fail 'answered what no nvcc does' NVCC="$(command -v true)"
+    says fail 'answered what no nvcc does' NVCC="$(type -P true)"
     says fail "architecture '37'.* does not know" NVCC="$nvcc" QUANTKV_CUDA_ARCHS=80,37
     says fail "CUDA_COMPUTE_CAP names the architecture 'x'" NVCC="$nvcc" CUDA_COMPUTE_CAP=x
     says fail "QUANTKV_STUB is 1 or 0, not 'yes'" QUANTKV_STUB=yes

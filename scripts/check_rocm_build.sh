@@ -69,7 +69,7 @@ HIP
     says fail 'ROCM_PATH=/nowhere, but /nowhere/llvm/bin/clang++ is not there' ROCM_PATH=/nowhere
     says fail 'old is clang 16, and 19 or newer is needed' QUANTKV_HIP_CLANG="$crate/old"
     says fail 'plain was built without the amdgcn target' QUANTKV_HIP_CLANG="$crate/plain"
-    says fail 'answered what no clang does' QUANTKV_HIP_CLANG="$(command -v true)"
+    says fail 'answered what no clang does' QUANTKV_HIP_CLANG="$(type -P true)"
     says fail 'does not compile for gfx9999' QUANTKV_HIP_CLANG="$clang" QUANTKV_HIP_ARCHS=gfx942,gfx9999
     says fail "each once, not '90a'" QUANTKV_HIP_CLANG="$clang" QUANTKV_HIP_ARCHS=90a
     says fail "each once, not 'gfx942'" QUANTKV_HIP_CLANG="$clang" QUANTKV_HIP_ARCHS=gfx942,gfx942
