@@ -125,8 +125,8 @@ QKV_DEVICE void hand_out(const AttentionParams &params, const WorkList &list, in
     int32_t group = 0, beyond = num_groups;
     while (beyond - group > 1) {
       int32_t middle = group + (beyond - group) / 2;
-      // Not a choice of addresses, which would have to be generic.
-      int64_t first = first_units[smaller_of(middle, kPlanThreads - 1)];
+      // Volatile, or clang chooses between addresses, which are then generic ones.
+      int64_t first = *static_cast<const volatile int64_t *>(&first_units[smaller_of(middle, kPlanThreads - 1)]);
       if (middle >= kPlanThreads) first = list.groups[middle].first_unit;
       if (first * list.columns <= unit) {
         group = middle;
