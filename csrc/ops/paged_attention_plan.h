@@ -125,9 +125,15 @@ QKV_DEVICE void hand_out(const AttentionParams &params, const WorkList &list, in
     int32_t group = 0, beyond = num_groups;
     while (beyond - group > 1) {
       int32_t middle = group + (beyond - group) / 2;
-      // Volatile, or clang chooses between addresses, which are then generic ones.
-      int64_t first = *static_cast<const volatile int64_t *>(&first_units[smaller_of(middle, kPlanThreads - 1)]);
-      if (middle >= kPlanThreads) first = list.groups[middle].first_unit;
+      int64_t first;
+      if (middle < kPlanThreads) {
+        // Behind forget(), or clang chooses between addresses, which are then generic ones.
+        const int32_t *words = reinterpret_cast<const int32_t *>(&first_units[middle]);
+        const uint32_t low = static_cast<uint32_t>(forget(words[0])), high = static_cast<uint32_t>(forget(words[1]));
+        first = static_cast<int64_t>(static_cast<uint64_t>(high) << 32 | low);
+      } else {
+        first = list.groups[middle].first_unit;
+      }
       if (first * list.columns <= unit) {
         group = middle;
       } else {
