@@ -188,6 +188,16 @@ int destroy(std::set<void *> &kind, void *handle) {
 
 } // namespace
 
+bool amd::find_allocation(uint64_t address, uint64_t &start, uint64_t &end) {
+  std::lock_guard<std::mutex> lock(memory_lock);
+  const auto after = allocations.upper_bound(reinterpret_cast<unsigned char *>(address));
+  if (after == allocations.begin()) return false;
+  const auto &[first, allocation] = *std::prev(after);
+  start = reinterpret_cast<uint64_t>(first);
+  end = start + allocation.bytes;
+  return address < end;
+}
+
 #define HIP extern "C" __attribute__((visibility("default")))
 
 HIP int hipInit(unsigned flags) {
@@ -315,10 +325,11 @@ HIP int hipModuleLoadData(void **module, const void *image) {
   return Success;
 }
 HIP int hipModuleGetFunction(void **function, void *module, const char *name) {
-  const amd::Kernel *kernel = amd::find_kernel(name);
-  if (!has_kernel(static_cast<Module *>(module)->code, name)) return NotFound;
+  const unsigned char *code = static_cast<Module *>(module)->code;
+  if (!has_kernel(code, name)) return NotFound;
+  const amd::Kernel *kernel = amd::find_kernel(code, name);
   if (kernel == nullptr) {
-    fprintf(stderr, "amd: kernel %s was not retargeted\n", name);
+    fprintf(stderr, "amd: kernel %s is not known to the machine\n", name);
     return NotFound;
   }
   *function = const_cast<amd::Kernel *>(kernel);

@@ -266,7 +266,7 @@ void run_block(uint32_t dynamic_bytes, uint64_t &random) {
 
 } // namespace
 
-const Kernel *find_kernel(const char *name) {
+const Kernel *find_kernel(const unsigned char *, const char *name) {
   const auto found = kernels().find(name);
   return found == kernels().end() ? nullptr : found->second;
 }

@@ -38,8 +38,12 @@ struct Kernel {
   int32_t uses_dynamic;
 };
 
-// By its name; null if there is none.
-const Kernel *find_kernel(const char *name);
+// By its code object and its name; null if there is none. Which machine is linked decides what of the two it runs:
+// machine.cpp the retargeted kernel of that name, testing/isa the code object's own code.
+const Kernel *find_kernel(const unsigned char *code_object, const char *name);
+
+// The allocation that holds an address, by its first byte and the one after its last: hip.cpp's.
+bool find_allocation(uint64_t address, uint64_t &start, uint64_t &end);
 
 struct Index3 {
   uint32_t x, y, z;
