@@ -156,6 +156,15 @@ pub struct Instruction {
     pub second: Option<Operation>,
 }
 
+impl Instruction {
+    /// Another text at the same place, with the same size and target.
+    pub fn changed(&self, text: &str) -> Result<Self, String> {
+        let (first, second) = parse_text(text)?;
+        let role = role(&first.mnemonic);
+        Ok(Instruction { text: text.to_owned(), role, first, second, ..self.clone() })
+    }
+}
+
 /// A line of the disassembly, or `None` if it holds no instruction.
 pub fn parse_line(line: &str) -> Option<Result<Instruction, String>> {
     let (text, comment) = line.strip_prefix('\t')?.split_once("// ")?;
@@ -168,19 +177,22 @@ pub fn parse_line(line: &str) -> Option<Result<Instruction, String>> {
 }
 
 fn parse(address: u64, words: &[u32], text: &str) -> Result<Instruction, String> {
-    let (first, second) = match text.split_once(" :: ") {
-        Some((first, second)) => (first, Some(parse_operation(second)?)),
-        None => (text, None),
-    };
     let bytes = 4 * words.len() as u64;
     let distance = i64::from(*words.first().ok_or("an instruction without words")? as u16 as i16);
     let target = (address + 4).wrapping_add_signed(4 * distance);
-    let first = parse_operation(first)?;
+    let (first, second) = parse_text(text)?;
     let role = role(&first.mnemonic);
     Ok(Instruction { address, bytes, text: text.to_owned(), target, role, first, second })
 }
 
-pub fn parse_operation(text: &str) -> Result<Operation, String> {
+fn parse_text(text: &str) -> Result<(Operation, Option<Operation>), String> {
+    match text.split_once(" :: ") {
+        Some((first, second)) => Ok((parse_operation(first)?, Some(parse_operation(second)?))),
+        None => Ok((parse_operation(text)?, None)),
+    }
+}
+
+fn parse_operation(text: &str) -> Result<Operation, String> {
     let (name, rest) = text.trim().split_once(char::is_whitespace).unwrap_or((text.trim(), ""));
     let mut mnemonic = name.to_owned();
     let mut modifiers = Modifiers::default();

@@ -206,7 +206,9 @@ impl Launch<'_> {
 
     fn run_wave(&self, wave: &mut Wave, shared: &mut Shared, target: &'static Target) -> Step {
         for _ in 0..MOST_STEPS {
-            let line = &self.program.instructions[self.program.place(wave.pc)?];
+            let place = self.program.place(wave.pc)?;
+            self.program.reach(place);
+            let line = &self.program.instructions[place];
             let instruction = line.as_ref().map_err(String::clone)?;
             let stepped = self.step(instruction, wave, shared, target);
             stepped.map_err(|why| format!("`{}` at {:#x}: {why}", instruction.text, instruction.address))?;

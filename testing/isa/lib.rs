@@ -10,6 +10,7 @@
 //! wave, waits                registers, which of their bits are defined, which a load has yet to fill
 //! memory, shared             device memory, the local data share
 //! launch                     blocks, waves, barriers
+//! mutation                   bugs planted on purpose
 //! ```
 
 mod code_object;
@@ -23,6 +24,7 @@ mod matrix;
 mod memory;
 mod memory_ops;
 mod messagepack;
+mod mutation;
 mod program;
 mod scalar;
 mod shared;
@@ -122,7 +124,8 @@ pub unsafe extern "C" fn quantkv_isa_run(
         });
         let memory = DeviceMemory::new(find, arguments);
         let dynamic_bytes = dynamic_bytes as usize;
-        Launch { program, memory, grid, threads, dynamic_bytes, order: Order::from_environment() }.run()
+        Launch { program, memory, grid, threads, dynamic_bytes, order: Order::from_environment() }.run()?;
+        program.report_reached()
     };
     match run() {
         Ok(()) => SUCCESS,

@@ -3,18 +3,23 @@
 //! The disassembly of a whole code object is kept in a file named after its bytes: a test program asks for it once for
 //! every kernel, and the next one again.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::{env, fs};
 
 use crate::code_object::{CodeObject, KernelInfo};
 use crate::context::{TARGETS, Target};
 use crate::instruction::{Instruction, parse_line};
+use crate::mutation::Mutation;
 
 pub struct Program {
     pub info: KernelInfo,
     pub target: &'static Target,
     pub instructions: Vec<Line>,
+    /// Of each instruction: whether it was executed, and whether `report_reached` has said so.
+    reached: Vec<AtomicU8>,
     /// By (address - entry) / 4: the place in `instructions`, or none in the middle of one.
     places: Vec<Option<u32>>,
 }
@@ -49,7 +54,11 @@ impl Program {
                 instructions.push(instruction);
             }
         }
-        Program { info, target, instructions, places }
+        if let Some(mutation) = Mutation::from_environment() {
+            mutation.apply(&info.name, &mut instructions);
+        }
+        let reached = instructions.iter().map(|_| AtomicU8::new(0)).collect();
+        Program { info, target, instructions, reached, places }
     }
 
     /// The place of the instruction at an address.
@@ -57,6 +66,31 @@ impl Program {
         let index = address.wrapping_sub(self.info.descriptor.entry) / 4;
         let place = self.places.get(index as usize).copied().flatten();
         place.map(|place| place as usize).ok_or_else(|| format!("no instruction begins at {address:#x}"))
+    }
+
+    pub fn reach(&self, place: usize) {
+        if self.reached[place].load(Ordering::Relaxed) == 0 {
+            self.reached[place].store(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Appends to a file of this process in `QUANTKV_ISA_COVERAGE`, if that is a folder, what was executed for the first
+    /// time: kernel, its number of instructions, address.
+    pub fn report_reached(&self) -> Result<(), String> {
+        let Some(folder) = env::var_os("QUANTKV_ISA_COVERAGE") else { return Ok(()) };
+        let mut text = String::new();
+        for (line, reached) in self.instructions.iter().zip(&self.reached) {
+            if let (Ok(instruction), Ok(_)) =
+                (line, reached.compare_exchange(1, 2, Ordering::Relaxed, Ordering::Relaxed))
+            {
+                let (name, count) = (&self.info.name, self.instructions.len());
+                text += &format!("{name} {count} {:#x}\n", instruction.address);
+            }
+        }
+        let path = Path::new(&folder).join(std::process::id().to_string());
+        let file = fs::OpenOptions::new().create(true).append(true).open(&path);
+        let written = file.and_then(|mut file| file.write_all(text.as_bytes()));
+        written.map_err(|error| format!("{}: {error}", path.display()))
     }
 
     /// Lines that are not understood, each with the reason.

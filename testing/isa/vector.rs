@@ -52,18 +52,23 @@ pub fn join(low: &Value, high: &Value, lane: usize) -> u64 {
     u64::from(low.lanes[lane]) | u64::from(high.lanes[lane]) << 32
 }
 
-pub fn write_64(c: &mut Context, i: &Operation, undefined: u64, f: impl Fn(usize) -> u64) -> Step {
+/// Which lanes of the two halves of a result are undefined.
+pub type Halves = (u64, u64);
+
+pub fn write_64(c: &mut Context, i: &Operation, undefined: Halves, f: impl Fn(usize) -> u64) -> Step {
     let results: [u64; 64] = std::array::from_fn(f);
-    let low = Value { lanes: each(|lane| results[lane] as u32), undefined };
-    let high = Value { lanes: each(|lane| (results[lane] >> 32) as u32), undefined };
+    let low = Value { lanes: each(|lane| results[lane] as u32), undefined: undefined.0 };
+    let high = Value { lanes: each(|lane| (results[lane] >> 32) as u32), undefined: undefined.1 };
     c.write_64(i, 0, &low, &high)
 }
 
-/// `d = f(a, b)`: a shift of 64 bits, the amount first.
-fn shift_64(c: &mut Context, i: &Operation, f: impl Fn(u64, u32) -> u64) -> Step {
+/// `d = f(a, b)`: a shift of 64 bits, the amount first. One half gets bits of the other.
+fn shift_64(c: &mut Context, i: &Operation, left: bool, f: impl Fn(u64, u32) -> u64) -> Step {
     let amount = c.source(i, 1, Kind::B32)?;
     let (low, high) = c.source_64(i, 2, Kind::U64)?;
-    let undefined = amount.undefined | low.undefined | high.undefined;
+    let both = amount.undefined | low.undefined | high.undefined;
+    let undefined =
+        if left { (amount.undefined | low.undefined, both) } else { (both, amount.undefined | high.undefined) };
     write_64(c, i, undefined, |lane| f(join(&low, &high, lane), amount.lanes[lane] & 63))
 }
 
@@ -85,8 +90,9 @@ fn with_carry(c: &mut Context, i: &Operation, takes: bool, f: impl Fn(u64, u64, 
 fn multiply_add_64(c: &mut Context, i: &Operation, f: impl Fn(u32, u32, u64) -> u64) -> Step {
     let (a, b) = (c.source(i, 2, Kind::B32)?, c.source(i, 3, Kind::B32)?);
     let (low, high) = c.source_64(i, 4, Kind::U64)?;
-    let undefined = a.undefined | b.undefined | low.undefined | high.undefined;
-    write_64(c, i, undefined, |lane| f(a.lanes[lane], b.lanes[lane], join(&low, &high, lane)))?;
+    // The lower half does not depend on the addend's upper one, which compilers leave undefined.
+    let lower = a.undefined | b.undefined | low.undefined;
+    write_64(c, i, (lower, lower | high.undefined), |lane| f(a.lanes[lane], b.lanes[lane], join(&low, &high, lane)))?;
     let carry = crate::wave::Word { value: 0, undefined: c.writes };
     c.wave.set_mask(Context::operand(i, 1)?.operand, carry)
 }
@@ -205,15 +211,15 @@ pub fn find(mnemonic: &str) -> Option<Handler> {
             let (low, high) = c.source_64(i, 1, Kind::U64)?;
             c.write_64(i, 0, &low, &high)
         },
-        "v_lshlrev_b64" => |c, i| shift_64(c, i, |a, by| a << by),
-        "v_lshrrev_b64" => |c, i| shift_64(c, i, |a, by| a >> by),
-        "v_ashrrev_i64" => |c, i| shift_64(c, i, |a, by| (a as i64 >> by) as u64),
+        "v_lshlrev_b64" => |c, i| shift_64(c, i, true, |a, by| a << by),
+        "v_lshrrev_b64" => |c, i| shift_64(c, i, false, |a, by| a >> by),
+        "v_ashrrev_i64" => |c, i| shift_64(c, i, false, |a, by| (a as i64 >> by) as u64),
         "v_lshl_add_u64" => |c, i| {
             let (low, high) = c.source_64(i, 1, Kind::U64)?;
             let amount = c.source(i, 2, Kind::B32)?;
             let (addend_low, addend_high) = c.source_64(i, 3, Kind::I64)?;
-            let undefined =
-                low.undefined | high.undefined | amount.undefined | addend_low.undefined | addend_high.undefined;
+            let lower = low.undefined | amount.undefined | addend_low.undefined;
+            let undefined = (lower, lower | high.undefined | addend_high.undefined);
             write_64(c, i, undefined, |lane| {
                 (join(&low, &high, lane) << (amount.lanes[lane] & 7)).wrapping_add(join(
                     &addend_low,

@@ -76,7 +76,7 @@ fn f64_n<const N: usize>(c: &mut Context, i: &Operation, order: [usize; N], f: i
         let (low, high): &(Value, Value) = &sources[index];
         f64::from_bits(join(low, high, lane))
     };
-    write_64(c, i, undefined, |lane| f(std::array::from_fn(|index| of(index, lane))).to_bits())
+    write_64(c, i, (undefined, undefined), |lane| f(std::array::from_fn(|index| of(index, lane))).to_bits())
 }
 
 /// From f64 to 32 bits.
@@ -89,7 +89,7 @@ fn from_f64(c: &mut Context, i: &Operation, f: impl Fn(f64) -> u32) -> Step {
 /// From 32 bits to f64.
 fn to_f64(c: &mut Context, i: &Operation, f: impl Fn(u32) -> f64) -> Step {
     let a = c.source(i, 1, Kind::B32)?;
-    write_64(c, i, a.undefined, |lane| f(a.lanes[lane]).to_bits())
+    write_64(c, i, (a.undefined, a.undefined), |lane| f(a.lanes[lane]).to_bits())
 }
 
 /// `v_div_scale`: operands are the value, the denominator, the numerator.
@@ -109,7 +109,7 @@ fn div_scale_f64(c: &mut Context, i: &Operation) -> Step {
     let of = |(low, high): &(Value, Value), lane: usize| f64::from_bits(join(low, high, lane));
     let results: [(f64, bool); 64] =
         std::array::from_fn(|lane| DIVISION_F64.scale(of(&a, lane), of(&b, lane), of(&d, lane)));
-    write_64(c, i, undefined, |lane| results[lane].0.to_bits())?;
+    write_64(c, i, (undefined, undefined), |lane| results[lane].0.to_bits())?;
     set_condition(c, i, &results, undefined)
 }
 
@@ -144,7 +144,7 @@ fn div_fmas_f64(c: &mut Context, i: &Operation) -> Step {
     let undefined =
         [&a, &b, &d].iter().fold(condition.undefined, |all, (low, high)| all | low.undefined | high.undefined);
     let of = |(low, high): &(Value, Value), lane: usize| f64::from_bits(join(low, high, lane));
-    write_64(c, i, undefined, |lane| {
+    write_64(c, i, (undefined, undefined), |lane| {
         let z = of(&d, lane);
         let scale = scale_of(&DIVISION_F64, condition, lane, z);
         float::fma_scaled_f64(of(&a, lane), of(&b, lane), z, scale).to_bits()
@@ -263,7 +263,8 @@ pub fn find(mnemonic: &str) -> Option<Handler> {
         "v_ldexp_f64" => |c, i| {
             reject_clamp(i)?;
             let ((low, high), by) = (c.source_64(i, 1, Kind::F64)?, c.source(i, 2, Kind::B32)?);
-            write_64(c, i, low.undefined | high.undefined | by.undefined, |lane| {
+            let undefined = low.undefined | high.undefined | by.undefined;
+            write_64(c, i, (undefined, undefined), |lane| {
                 let by = (by.lanes[lane] as i32).clamp(-2200, 2200);
                 // In two steps, as the power alone may not be a number.
                 let x = f64::from_bits(join(&low, &high, lane));

@@ -44,7 +44,14 @@ QKV_DEVICE float to_f32(f16 x) { return static_cast<float>(__builtin_bit_cast(_F
 QKV_DEVICE float to_f32(bf16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 QKV_DEVICE float to_f32(float x) { return x; }
 
-QKV_DEVICE f16 to_f16(float x) { return f16{__builtin_bit_cast(uint16_t, static_cast<_Float16>(x))}; }
+// clang up to 22 makes one v_fma_mixlo_f16 of a product and its conversion, with +0 for the addend: -0 becomes +0
+// (llvm-project pull request 214544). So the conversion must not see where its argument comes from.
+QKV_DEVICE _Float16 narrow_to_f16(float x) {
+  asm("" : "+v"(x));
+  return static_cast<_Float16>(x);
+}
+
+QKV_DEVICE f16 to_f16(float x) { return f16{__builtin_bit_cast(uint16_t, narrow_to_f16(x))}; }
 QKV_DEVICE bf16 to_bf16(float x) {
   const uint32_t bits = bits_of(x);
   if ((bits & 0x7fffffffu) > 0x7f800000u) return bf16{static_cast<uint16_t>((bits >> 16) | 0x40)};
@@ -52,7 +59,7 @@ QKV_DEVICE bf16 to_bf16(float x) {
 }
 
 QKV_DEVICE uint32_t pack_f16(float low, float high) {
-  return __builtin_bit_cast(uint32_t, half2_bits{static_cast<_Float16>(low), static_cast<_Float16>(high)});
+  return __builtin_bit_cast(uint32_t, half2_bits{narrow_to_f16(low), narrow_to_f16(high)});
 }
 QKV_DEVICE uint32_t pack_bf16(float low, float high) {
   return to_bf16(low).bits | static_cast<uint32_t>(to_bf16(high).bits) << 16;

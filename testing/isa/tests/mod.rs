@@ -6,6 +6,7 @@ mod faults;
 mod lanes;
 mod matrices;
 mod memory;
+mod shipping;
 
 use std::path::Path;
 use std::process::Command;
