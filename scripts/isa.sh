@@ -70,7 +70,7 @@ if is_stale "$runtime" "$target/libquantkv_isa.a" testing/amd/{hip.cpp,machine.h
 fi
 [ $prepare_only = 0 ] || exit 0
 
-export CARGO_TARGET_DIR=$cargo_target QUANTKV_HIP_ARCHS=$arch QUANTKV_AMD_ORDER=$order QUANTKV_AMD_EMULATED=1
+export CARGO_TARGET_DIR=$cargo_target QUANTKV_AMD_ORDER=$order QUANTKV_AMD_EMULATED=1
 export QUANTKV_REQUIRE_ROCM=1 QUANTKV_ISA_CACHE=$target/disassembly
 export LD_LIBRARY_PATH=$out${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 "$@"

@@ -158,11 +158,11 @@ impl Launch<'_> {
         let has = |bit: u32| descriptor.registers >> bit & 1 == 1;
         let asks = |bit: u32| descriptor.properties >> bit & 1 == 1;
         let mut next = 0u8;
-        let mut put = |wave: &mut Wave, word: Option<u64>, count: usize| -> Step {
+        let put = |wave: &mut Wave, next: &mut u8, word: Option<u64>, count: usize| -> Step {
             if let Some(word) = word {
-                wave.set_scalar(next, Word::of(word), count)?;
+                wave.set_scalar(*next, Word::of(word), count)?;
             }
-            next += count as u8;
+            *next += count as u8;
             Ok(())
         };
         // Private memory of gfx90a is a buffer: an address that is nobody's, and for each wave a part of it.
@@ -178,9 +178,15 @@ impl Launch<'_> {
             (6, Some(descriptor.private_bytes as u64), 1),
         ] {
             if asks(bit) {
-                put(&mut wave, word, count)?;
+                put(&mut wave, &mut next, word, count)?;
             }
         }
+        // gfx11 wants 16 registers set up: the descriptor counts some for the user that hold nothing.
+        let user = descriptor.registers >> 1 & 31;
+        if user < next.into() {
+            return Err(format!("{next} registers for the user, of {user}"));
+        }
+        next = user as u8;
         if asks(0) {
             wave.private_base = buffer + part;
         }
@@ -190,12 +196,12 @@ impl Launch<'_> {
         } else {
             for (bit, word) in [(7, block[0]), (8, block[1]), (9, block[2])] {
                 if has(bit) {
-                    put(&mut wave, Some(word.into()), 1)?;
+                    put(&mut wave, &mut next, Some(word.into()), 1)?;
                 }
             }
             // From gfx942 on the hardware knows where private memory lies.
             if has(0) && asks(0) {
-                put(&mut wave, Some(part), 1)?;
+                put(&mut wave, &mut next, Some(part), 1)?;
             }
         }
         let first = (index * target.wave) as u32;

@@ -50,7 +50,7 @@ fn from_object(arch: &str, object: &Path) -> Program {
             private_bytes: 64,
             argument_bytes: 64,
             modes: 0xf0 << 12,
-            registers: 1 << 7,
+            registers: 1 << 7 | 2 << 1,
             properties: 1 << 3,
         },
         arguments: (0..8).map(|at| Argument { offset: 8 * at, bytes: 8, kind: "by_value".into() }).collect(),
