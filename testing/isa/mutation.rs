@@ -1,8 +1,8 @@
 //! A bug planted in the code that is run: `QUANTKV_ISA_MUTATION="kernel | old | new | which"`.
 //!
 //! In kernels whose name holds the first word, of the instructions whose text holds the second the one with that number
-//! (from 0 on, or `*` for all) gets the third in its place: `s_barrier` becomes `s_nop 0`, a bound another one. A test
-//! must then fail: testing/isa/mutations.txt.
+//! (from 0 on, or `*` for all) gets the third in its place, or becomes it if that begins with `=`: `s_barrier` becomes
+//! `= s_nop 0`, a bound another one. A test must then fail: testing/isa/mutations.txt.
 
 use std::env;
 
@@ -40,7 +40,10 @@ impl Mutation {
                 continue;
             }
             if let Ok(instruction) = line {
-                let text = instruction.text.replacen(&self.old, &self.new, 1);
+                let text = match self.new.strip_prefix('=') {
+                    Some(whole) => whole.trim().to_owned(),
+                    None => instruction.text.replacen(&self.old, &self.new, 1),
+                };
                 eprintln!("isa: planted in {kernel}: `{}` at {:#x} is `{text}`", instruction.text, instruction.address);
                 *line = Instruction::changed(instruction, &text);
             }
