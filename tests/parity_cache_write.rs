@@ -207,6 +207,30 @@ fn padded_tokens_are_skipped() {
     }
 }
 
+/// Whole vectors of every type, under one scale, one a channel, and dynamic ones: a kernel each on some devices.
+#[test]
+fn vectors_of_every_type_under_every_kind_of_scale() {
+    let mut rng = Rng::new(23);
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        for (kind, dynamic) in [(ScaleKind::Tensor, false), (ScaleKind::Channel, false), (ScaleKind::Tensor, true)] {
+            for format in KvFormat::ALL {
+                let mut geometry = Geometry::plain(CacheLayout::Hnd, (2, 64), (8, 2), format);
+                geometry.dynamic = dynamic;
+                if dynamic && !geometry.has_dynamic(Half::K) {
+                    continue;
+                }
+                let before = strategy::any_layer(&geometry, &mut rng);
+                let mut tensor = || strategy::rows((7, 2, 64), (0, 0, 0), dtype, || rng.any_activation());
+                let (key, value) = (tensor(), tensor());
+                let mut scale = || strategy::scales(kind, 2, 64, || rng.any_scale());
+                let (k_scale, v_scale) = (scale(), scale());
+                let slot_mapping = some_slots(7, geometry.num_slots());
+                check_all(&CacheWriteCase { geometry, before, dtype, key, value, slot_mapping, k_scale, v_scale });
+            }
+        }
+    }
+}
+
 /// Every f16 and every bf16 pattern through the cache, against torch's own table.
 #[test]
 fn every_16_bit_pattern() {
