@@ -48,7 +48,7 @@ pub fn detail(mnemonic: &str) -> Option<u32> {
 pub fn find(mnemonic: &str) -> Option<Handler> {
     let (relation, kind) = split(mnemonic)?;
     let handler: Handler = match (relation, kind) {
-        ("class", "f32") => |c, i| narrow(c, i, Kind::B32, |a, b| class(a, b)),
+        ("class", "f32") => |c, i| narrow(c, i, Kind::B32, class),
         ("class", _) => return None,
         (_, "u32") => |c, i| narrow(c, i, Kind::B32, |a, b| holds(i, a.cmp(&b).into())),
         (_, "i32") => |c, i| narrow(c, i, Kind::B32, |a, b| holds(i, (a as i32).cmp(&(b as i32)).into())),

@@ -66,7 +66,7 @@ impl DeviceMemory {
 
     /// A word that several waves change: read, changed, written.
     pub fn update(&self, address: u64, f: impl Fn(u32) -> u32) -> Result<u32, String> {
-        if address % 4 != 0 {
+        if !address.is_multiple_of(4) {
             return Err(format!("an atomic at {address:#x}, which is no multiple of 4"));
         }
         let mut word = [0; 4];

@@ -236,9 +236,9 @@ pub fn stored(c: &Context, source: Source, width: Width) -> Result<([[u8; 16]; 6
     for register in 0..width.registers() {
         let value = c.plain(source, register, Kind::B32)?;
         undefined |= value.undefined;
-        for lane in 0..c.wave.width {
+        for (lane, bytes) in bytes.iter_mut().enumerate() {
             let word = if width.half == 2 { value.lanes[lane] >> 16 } else { value.lanes[lane] };
-            bytes[lane][4 * usize::from(register)..][..4].copy_from_slice(&word.to_le_bytes());
+            bytes[4 * usize::from(register)..][..4].copy_from_slice(&word.to_le_bytes());
         }
     }
     Ok((bytes, undefined & c.wave.exec))

@@ -40,7 +40,7 @@ impl Shared {
         if address + bytes as u64 > self.bytes.len() as u64 {
             return Err(format!("shared memory at {address}, {bytes} bytes: the block has {}", self.bytes.len()));
         }
-        if address % alignment as u64 != 0 {
+        if !address.is_multiple_of(alignment as u64) {
             return Err(format!("shared memory at {address}, which is no multiple of {alignment}"));
         }
         Ok(address as usize..address as usize + bytes)

@@ -21,7 +21,7 @@ fn finish(c: &mut Context, i: &Operation, undefined: u64, f: impl Fn(usize) -> f
             x *= scale;
         }
         if clamp {
-            x = x.max(0.0).min(1.0);
+            x = if x.is_nan() { 0.0 } else { x.clamp(0.0, 1.0) };
         }
         x.to_bits()
     });

@@ -174,8 +174,8 @@ impl Wave {
 
     fn load_vector(&mut self, slot: usize, value: &Value, mask: u64) {
         let own = &mut self.vectors[slot];
-        for lane in 0..self.width {
-            own[lane] = if mask >> lane & 1 == 1 { value.lanes[lane] } else { own[lane] };
+        for (lane, (own, new)) in own.iter_mut().zip(value.lanes).enumerate() {
+            *own = if mask >> lane & 1 == 1 { new } else { *own };
         }
         let undefined = &mut self.undefined_lanes[slot];
         *undefined = (*undefined & !mask) | (value.undefined & mask);

@@ -36,7 +36,7 @@ fn integers_and_bits() {
     check_word(&NEWER, "v_sub_nc_u32 v10, v1, v2", |a, b, _| a.wrapping_sub(b));
     check_word(&ALL, "v_lshlrev_b32 v10, v1, v2", |a, b, _| b.wrapping_shl(a));
     check_word(&ALL, "v_ashrrev_i32 v10, 7, v2", |_, b, _| (b as i32 >> 7) as u32);
-    check_word(&ALL, "v_mul_hi_u32 v10, v1, v2", |a, b, _| (u64::from(a) * u64::from(b) >> 32) as u32);
+    check_word(&ALL, "v_mul_hi_u32 v10, v1, v2", |a, b, _| ((u64::from(a) * u64::from(b)) >> 32) as u32);
     check_word(&ALL, "v_mul_lo_u32 v10, v1, -3", |a, _, _| a.wrapping_mul(3).wrapping_neg());
     check_word(&ALL, "v_bfe_u32 v10, v1, 5, 12", |a, _, _| a >> 5 & 0xfff);
     check_word(&ALL, "v_bfe_i32 v10, v1, 28, 4", |a, _, _| (a as i32 >> 28) as u32);
@@ -112,7 +112,7 @@ fn carries_and_wide_numbers() {
         );
         for input in words(40) {
             check(arch, &code, &[input; 8], |[a, b, c]| {
-                let high = (u64::from(a) * u64::from(b) >> 32) as u32;
+                let high = ((u64::from(a) * u64::from(b)) >> 32) as u32;
                 [high, high.wrapping_add(u32::from(b.checked_add(c).is_none()))]
             });
         }

@@ -78,7 +78,7 @@ fn dpp() {
             arch,
             "v_add_u32_dpp v10, v1, v3 row_ror:4 row_mask:0xf bank_mask:0xf".replace("v_add_u32", add(arch)).as_str(),
             |_| 0,
-            |lane| value(lane & !15 | (lane + 12) % 16) + 5000 + lane as u32,
+            |lane| value(lane & !15 | ((lane + 12) % 16)) + 5000 + lane as u32,
         );
         check(arch, "v_mov_b32_dpp v10, v1 row_mirror row_mask:0xf bank_mask:0xf", |_| 0, |lane| value(lane ^ 15));
     }

@@ -149,7 +149,7 @@ pub fn words(count: usize) -> Vec<[u32; 3]> {
         0x0000_8001,
     ];
     let mut random = Random(0x5eed_0123_4567_89ab);
-    let mut one = |at: usize| if at % 3 == 0 { EDGES[random.word() as usize % 16] } else { random.word() };
+    let mut one = |at: usize| if at.is_multiple_of(3) { EDGES[random.word() as usize % 16] } else { random.word() };
     (0..count).map(|at| [one(at), one(at + 1), one(at + 2)]).collect()
 }
 
