@@ -1,30 +1,23 @@
 //! Memory: device, private, shared; atomics.
 
-use super::{assemble, over_lanes, run_block, run_in};
+use super::{Cases, assemble, run_block, run_in, words};
 use crate::launch::Order;
 
 #[test]
-fn bytes_and_halves_are_extended() {
+fn bytes_halves_and_private_memory() {
+    let mut cases = Cases::default();
     // Through the second buffer's place of each lane: write the word, read parts of it.
     let code = "global_store_dword v6, v1, s[6:7]\n s_waitcnt vmcnt(0)\n global_load_sbyte v10, v6, s[6:7] offset:1\n\
                 global_load_ushort v11, v6, s[6:7] offset:2\n s_waitcnt vmcnt(0)";
-    for (input, got) in super::words(64).into_iter().zip(over_lanes("gfx942", code, &super::words(64))) {
-        assert_eq!(got, [(input[0] >> 8) as i8 as u32, input[0] >> 16]);
-    }
+    cases.add("gfx942", code, &words(64), |[a, ..]| [(a >> 8) as i8 as u32, a >> 16]);
     let code = "global_store_b32 v6, v1, s[6:7]\n s_waitcnt_vscnt null, 0x0\n v_mov_b32 v10, v2\n\
                 global_load_d16_hi_b16 v10, v6, s[6:7]\n s_waitcnt vmcnt(0)";
-    for (input, got) in super::words(32).into_iter().zip(over_lanes("gfx1100", code, &super::words(32))) {
-        assert_eq!(got[0], input[1] & 0xffff | input[0] << 16);
-    }
-}
-
-#[test]
-fn private_memory_is_a_lane_s_own() {
+    cases.add("gfx1100", code, &words(32), |[a, b, _]| [b & 0xffff | a << 16, 0]);
+    // A lane's own.
     let code = "scratch_store_dword off, v1, off offset:4\n scratch_store_dword off, v2, off offset:8\n\
                 s_waitcnt vmcnt(0)\n v_mov_b32 v12, 4\n scratch_load_dwordx2 v[10:11], v12, off\n s_waitcnt vmcnt(0)";
-    for (input, got) in super::words(64).into_iter().zip(over_lanes("gfx942", code, &super::words(64))) {
-        assert_eq!(got, [input[0], input[1]]);
-    }
+    cases.add("gfx942", code, &words(64), |[a, b, _]| [a, b]);
+    cases.check();
 }
 
 #[test]

@@ -8,7 +8,6 @@ mod matrices;
 mod memory;
 mod shipping;
 
-use std::path::Path;
 use std::process::Command;
 use std::{env, fs};
 
@@ -24,28 +23,36 @@ pub fn target(name: &str) -> &'static Target {
 
 /// The program that an assembler's text makes. s[0:1] holds the address of the arguments, v0 the thread.
 pub fn assemble(arch: &str, text: &str) -> Program {
+    assemble_all(arch, &[text.to_owned()]).remove(0)
+}
+
+/// Several at once: starting the assembler takes longer than anything else here.
+fn assemble_all(arch: &str, texts: &[String]) -> Vec<Program> {
     let base = env::temp_dir().join(format!("isa-test-{}-{:?}", std::process::id(), std::thread::current().id()));
     let (source, object) = (base.with_extension("s"), base.with_extension("o"));
-    fs::write(&source, text).unwrap();
+    // Labels that begin with .L are no symbols, and must differ.
+    let named =
+        texts.iter().enumerate().map(|(at, text)| format!("p{at}:\n{}\n", text.replace(".L", &format!(".L{at}_"))));
+    fs::write(&source, named.collect::<String>()).unwrap();
     let program = env::var("QUANTKV_LLVM_MC").unwrap_or_else(|_| "llvm-mc-19".to_owned());
     let mut command = Command::new(program);
     command.args(["-triple=amdgcn-amd-amdhsa", "-filetype=obj"]).arg(format!("-mcpu={arch}"));
     let made = command.arg(&source).arg("-o").arg(&object).output().unwrap();
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    let program = from_object(arch, &object);
+    let disassembly = run_objdump(&object).unwrap();
     fs::remove_file(&source).unwrap();
     fs::remove_file(&object).unwrap();
-    program
+    (0..texts.len()).map(|at| program_at(arch, &disassembly, at)).collect()
 }
 
-fn from_object(arch: &str, object: &Path) -> Program {
-    let disassembly = run_objdump(object).unwrap();
-    let (_, code) = disassembly.split_once("<.text>:\n").unwrap();
+fn program_at(arch: &str, disassembly: &str, number: usize) -> Program {
+    let (before, code) = disassembly.split_once(&format!(" <p{number}>:\n")).unwrap();
+    let entry = u64::from_str_radix(&before[before.len() - 16..], 16).unwrap();
     let target = target(arch);
     let info = KernelInfo {
         name: "test".into(),
         descriptor: Descriptor {
-            entry: 0,
+            entry,
             shared_bytes: 1024,
             private_bytes: 64,
             argument_bytes: 64,
@@ -54,7 +61,7 @@ fn from_object(arch: &str, object: &Path) -> Program {
             properties: 1 << 3,
         },
         arguments: (0..8).map(|at| Argument { offset: 8 * at, bytes: 8, kind: "by_value".into() }).collect(),
-        end: 4 * code.lines().count() as u64 * 3,
+        end: entry + 0x4000,
         vector_registers: 128,
         accumulators: 32,
         wave: target.wave,
@@ -86,9 +93,50 @@ pub fn run_in(
     Launch { program, memory, grid, threads, dynamic_bytes: 0, order }.run()
 }
 
-/// Runs instructions over lanes: a, b, c of each lane in v1, v2, v3 (and as words of memory in v[20:22]); what they leave
-/// in v10 and v11 of each.
-pub fn over_lanes(arch: &str, code: &str, inputs: &[[u32; 3]]) -> Vec<[u32; 2]> {
+/// What instructions must leave in v10 and v11 of a lane that had these in v1, v2 and v3.
+type Expected = Box<dyn Fn([u32; 3]) -> [u32; 2]>;
+
+/// Instructions run over lanes: a, b, c of each in v1, v2, v3 (and in v[20:22]); results in v10 and v11.
+#[derive(Default)]
+pub struct Cases(Vec<(&'static str, String, Vec<[u32; 3]>, Expected)>);
+
+impl Cases {
+    pub fn add(
+        &mut self,
+        arch: &'static str,
+        code: &str,
+        inputs: &[[u32; 3]],
+        expected: impl Fn([u32; 3]) -> [u32; 2] + 'static,
+    ) {
+        self.0.push((arch, code.to_owned(), inputs.to_vec(), Box::new(expected)));
+    }
+
+    pub fn check(&self) {
+        for arch in ALL {
+            let own: Vec<_> = self.0.iter().filter(|case| case.0 == arch).collect();
+            let texts: Vec<String> = own.iter().map(|case| between_load_and_store(arch, &case.1)).collect();
+            for ((_, code, inputs, expected), program) in own.into_iter().zip(assemble_all(arch, &texts)) {
+                for lanes in inputs.chunks(program.target.wave) {
+                    let mut buffers = [lanes.concat(), vec![0; 2 * lanes.len()]];
+                    let run = run_block(&program, lanes.len() as u32, &mut buffers);
+                    run.unwrap_or_else(|why| panic!("{arch}: {code}: {why}"));
+                    for (input, got) in lanes.iter().zip(buffers[1].chunks(2)) {
+                        let wanted = expected(*input);
+                        let right = same(got[0], wanted[0]) && same(got[1], wanted[1]);
+                        assert!(right, "{arch}: {code} of {input:x?} is {got:x?}, not {wanted:x?}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Equal bits, or NaN both.
+fn same(a: u32, b: u32) -> bool {
+    a == b || (f32::from_bits(a).is_nan() && f32::from_bits(b).is_nan())
+}
+
+fn between_load_and_store(arch: &str, code: &str) -> String {
     let (load_arguments, wait_arguments, load, wait, store) = match arch {
         "gfx90a" | "gfx942" => (
             "s_load_dwordx4",
@@ -101,19 +149,11 @@ pub fn over_lanes(arch: &str, code: &str, inputs: &[[u32; 3]]) -> Vec<[u32; 2]> 
         _ => ("s_load_b128", "s_waitcnt lgkmcnt(0)", "global_load_b96", "s_waitcnt vmcnt(0)", "global_store_b64"),
     };
     // gfx90a wants tuples of registers to begin at even ones: through v[20:22].
-    let text = format!(
+    format!(
         "{load_arguments} s[4:7], s[0:1], 0x0\n v_mul_u32_u24 v5, 12, v0\n v_lshlrev_b32 v6, 3, v0\n {wait_arguments}\n\
          {load} v[20:22], v5, s[4:5]\n {wait}\n v_mov_b32 v1, v20\n v_mov_b32 v2, v21\n v_mov_b32 v3, v22\n\
          v_mov_b32 v10, 0\n v_mov_b32 v11, 0\n {code}\n {store} v6, v[10:11], s[6:7]\n s_endpgm\n"
-    );
-    let program = assemble(arch, &text);
-    let mut results = Vec::new();
-    for lanes in inputs.chunks(program.target.wave) {
-        let mut buffers = [lanes.concat(), vec![0; 2 * lanes.len()]];
-        run_block(&program, lanes.len() as u32, &mut buffers).unwrap();
-        results.extend(buffers[1].chunks(2).map(|pair| [pair[0], pair[1]]));
-    }
-    results
+    )
 }
 
 /// Numbers without a pattern.
