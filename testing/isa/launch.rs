@@ -152,8 +152,7 @@ impl Launch<'_> {
             return Err(format!("a mode of floating point that is not known here: {:#x}", descriptor.modes));
         }
         let lanes = (self.threads as usize - index * target.wave).min(target.wave);
-        let mut wave =
-            Wave::new(index, target.wave, lanes, info.vector_registers, info.accumulators, descriptor.private_bytes);
+        let mut wave = Wave::new(index, lanes, info, target);
         wave.pc = descriptor.entry;
         let has = |bit: u32| descriptor.registers >> bit & 1 == 1;
         let asks = |bit: u32| descriptor.properties >> bit & 1 == 1;

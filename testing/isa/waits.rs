@@ -10,7 +10,8 @@
 //! Shared     lgkmcnt             lgkmcnt             dscnt        in order
 //! Scalar     lgkmcnt             lgkmcnt             kmcnt        in any order: only zero says anything
 //! ```
-//! FLAT instructions count as device memory and as shared memory, and are in no order with the rest of either.
+//! FLAT instructions count as device memory and as shared memory. On gfx9 one of the two may be told early: they are in no
+//! order with the rest of either. Later devices keep the order.
 
 use std::collections::VecDeque;
 
@@ -44,16 +45,19 @@ pub struct Waits {
     first: u64,
     vectors: Vec<u8>,
     scalars: [u8; 128],
+    /// Whether FLAT instructions keep the order of both counters.
+    orders_flat: bool,
 }
 
 impl Waits {
-    pub fn new(vectors: usize) -> Self {
+    pub fn new(vectors: usize, orders_flat: bool) -> Self {
         Waits {
             queues: Default::default(),
             entries: VecDeque::new(),
             first: 0,
             vectors: vec![0; vectors],
             scalars: [0; 128],
+            orders_flat,
         }
     }
 
@@ -71,7 +75,7 @@ impl Waits {
     }
 
     pub fn enqueue(&mut self, counters: &[Counter], registers: Registers, stores_shared: bool) {
-        let in_order = counters.len() == 1 && counters[0] != Counter::Scalar;
+        let in_order = if counters.len() == 1 { counters[0] != Counter::Scalar } else { self.orders_flat };
         self.count(registers, 1);
         let number = self.first + self.entries.len() as u64;
         self.entries.push_back(Entry { registers, left: counters.len() as u8, in_order, stores_shared });
@@ -144,7 +148,7 @@ mod tests {
 
     #[test]
     fn loads_arrive_in_order_and_scalars_only_all_together() {
-        let mut waits = Waits::new(8);
+        let mut waits = Waits::new(8, false);
         waits.enqueue(&[Counter::Load], Registers::Vectors(0, 2), false);
         waits.enqueue(&[Counter::Load], Registers::Vectors(4, 1), false);
         waits.wait(&[Counter::Load, Counter::Store], 1);
@@ -160,7 +164,7 @@ mod tests {
 
     #[test]
     fn flat_needs_both_counters_at_zero() {
-        let mut waits = Waits::new(4);
+        let mut waits = Waits::new(4, false);
         waits.enqueue(&[Counter::Load, Counter::Shared], Registers::Vectors(0, 1), false);
         waits.enqueue(&[Counter::Load], Registers::Vectors(1, 1), false);
         waits.wait(&[Counter::Load], 1);
@@ -169,5 +173,16 @@ mod tests {
         assert!(waits.vector_is_pending(0) && !waits.vector_is_pending(1));
         waits.wait(&[Counter::Shared], 0);
         assert!(!waits.vector_is_pending(0));
+    }
+
+    #[test]
+    fn flat_keeps_the_order_on_later_devices() {
+        let mut waits = Waits::new(4, true);
+        waits.enqueue(&[Counter::Load, Counter::Shared], Registers::Vectors(0, 1), false);
+        waits.enqueue(&[Counter::Load, Counter::Shared], Registers::Vectors(1, 1), false);
+        waits.wait(&[Counter::Load], 1);
+        assert!(waits.vector_is_pending(0));
+        waits.wait(&[Counter::Shared], 1);
+        assert!(!waits.vector_is_pending(0) && waits.vector_is_pending(1));
     }
 }

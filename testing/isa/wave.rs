@@ -9,6 +9,8 @@
 //! compilers do; the result is undefined. They are a fault where they decide something: an address, a branch, EXEC, what
 //! is stored in device memory.
 
+use crate::code_object::KernelInfo;
+use crate::context::Target;
 use crate::instruction::{ACCUMULATORS, EXEC, Operand};
 use crate::waits::Waits;
 
@@ -101,15 +103,11 @@ pub enum State {
 }
 
 impl Wave {
-    pub fn new(
-        index: usize,
-        width: usize,
-        lanes: usize,
-        vectors: usize,
-        accumulators: usize,
-        private_bytes: usize,
-    ) -> Self {
+    pub fn new(index: usize, lanes: usize, info: &KernelInfo, target: &Target) -> Self {
+        let width = target.wave;
         let started = if lanes == 64 { !0 } else { (1 << lanes) - 1 };
+        let (vectors, accumulators, private_bytes) =
+            (info.vector_registers, info.accumulators, info.descriptor.private_bytes);
         let all = vectors + accumulators;
         let mut wave = Wave {
             index,
@@ -125,7 +123,7 @@ impl Wave {
             scc: false,
             scc_undefined: true,
             pc: 0,
-            waits: Waits::new(all),
+            waits: Waits::new(all, target.generation > 9),
             private: vec![0xff; private_bytes * width],
             private_undefined: vec![true; private_bytes * width],
             private_bytes,
