@@ -54,6 +54,9 @@ impl Order {
 /// Instructions that a wave may do: a loop without an end is a fault.
 const MOST_STEPS: u64 = 1 << 28;
 
+/// Local data share of a block, on every architecture here.
+const MOST_SHARED: usize = 64 * 1024;
+
 pub struct Launch<'a> {
     pub program: &'a Program,
     pub memory: DeviceMemory,
@@ -115,7 +118,11 @@ impl Launch<'_> {
 
     fn run_block(&self, block: Index3) -> Step {
         let target = self.program.target;
-        let mut shared = Shared::new(self.program.info.descriptor.shared_bytes + self.dynamic_bytes);
+        let bytes = self.program.info.descriptor.shared_bytes + self.dynamic_bytes;
+        if bytes > MOST_SHARED {
+            return Err(format!("{bytes} bytes of shared memory: a block has at most {MOST_SHARED}"));
+        }
+        let mut shared = Shared::new(bytes);
         let count = (self.threads as usize).div_ceil(target.wave);
         let mut waves = (0..count).map(|index| self.start(block, index)).collect::<Result<Vec<_>, _>>()?;
         for round in 1.. {

@@ -34,12 +34,12 @@ impl Width {
 /// By the name's end: `dwordx2`, `b64`, `ubyte`, `short_d16_hi`.
 pub fn width(name: &str) -> Option<u32> {
     let (name, half) = match name {
-        "ubyte_d16" | "d16_u8" => ("u8", 1),
-        "ubyte_d16_hi" | "d16_hi_u8" => ("u8", 2),
-        "sbyte_d16" | "d16_i8" => ("i8", 1),
-        "sbyte_d16_hi" | "d16_hi_i8" => ("i8", 2),
-        "short_d16" | "d16_b16" => ("u16", 1),
-        "short_d16_hi" | "d16_hi_b16" => ("u16", 2),
+        "ubyte_d16" | "d16_u8" | "u8_d16" => ("u8", 1),
+        "ubyte_d16_hi" | "d16_hi_u8" | "u8_d16_hi" => ("u8", 2),
+        "sbyte_d16" | "d16_i8" | "i8_d16" => ("i8", 1),
+        "sbyte_d16_hi" | "d16_hi_i8" | "i8_d16_hi" => ("i8", 2),
+        "short_d16" | "d16_b16" | "u16_d16" => ("u16", 1),
+        "short_d16_hi" | "d16_hi_b16" | "u16_d16_hi" => ("u16", 2),
         "byte_d16_hi" | "d16_hi_b8" => ("u8", 2),
         _ => (name, 0),
     };

@@ -248,9 +248,9 @@ pub fn find(mnemonic: &str) -> Option<Handler> {
         "s_lshl3_add_u32" => |c, i| two(c, i, |a, b| shift_add(a, b, 3)),
         "s_lshl4_add_u32" => |c, i| two(c, i, |a, b| shift_add(a, b, 4)),
         "s_min_i32" => |c, i| two(c, i, |a, b| ((a as i32).min(b as i32) as u32, Some((a as i32) < b as i32))),
-        "s_max_i32" => |c, i| two(c, i, |a, b| ((a as i32).max(b as i32) as u32, Some(a as i32 > b as i32))),
+        "s_max_i32" => |c, i| maximum(c, i, |a| i64::from(a as i32)),
         "s_min_u32" => |c, i| two(c, i, |a, b| (a.min(b), Some(a < b))),
-        "s_max_u32" => |c, i| two(c, i, |a, b| (a.max(b), Some(a > b))),
+        "s_max_u32" => |c, i| maximum(c, i, i64::from),
         "s_abs_i32" => |c, i| one(c, i, |a| nonzero((a as i32).unsigned_abs())),
         "s_sext_i32_i8" => |c, i| one(c, i, |a| (a as i8 as u32, SCC_KEPT)),
         "s_sext_i32_i16" => |c, i| one(c, i, |a| (a as i16 as u32, SCC_KEPT)),
@@ -349,6 +349,14 @@ fn one_logic(c: &mut Context, i: &Operation, count: usize) -> Step {
 fn of_64(c: &mut Context, i: &Operation, f: impl Fn(u64) -> (u32, Option<bool>)) -> Step {
     let a = c.scalar(i, 1, 2)?;
     finish(c, i, 1, f(a.value), a.undefined != 0)
+}
+
+/// Of equal numbers manuals disagree on which is the larger one: the condition is undefined.
+fn maximum(c: &mut Context, i: &Operation, of: impl Fn(u32) -> i64) -> Step {
+    let (a, b) = (c.scalar(i, 1, 1)?.value as u32, c.scalar(i, 2, 1)?.value as u32);
+    two(c, i, |a, b| (if of(a) > of(b) { a } else { b }, Some(of(a) > of(b))))?;
+    c.wave.scc_undefined |= a == b;
+    Ok(())
 }
 
 fn shift_add(a: u32, b: u32, by: u32) -> (u32, Option<bool>) {
