@@ -50,3 +50,26 @@ impl Mutation {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::instruction::parse_line;
+
+    #[test]
+    fn the_one_named_is_changed_and_no_other() {
+        let line = |text: &str, at: u32| parse_line(&format!("\t{text} // {at:012X}: BF8A0000")).unwrap();
+        let program = || vec![line("s_barrier", 0), line("v_add_u32_e32 v1, 3, v2", 4), line("s_barrier", 8)];
+        let texts = |text: &str, kernel: &str| -> Vec<String> {
+            let mut lines = program();
+            Mutation::parse(text).unwrap().apply(kernel, &mut lines);
+            lines.into_iter().map(|line| line.unwrap().text).collect()
+        };
+        let add = "v_add_u32_e32 v1, 3, v2";
+        assert_eq!(texts("gather | s_barrier | = s_nop 0 | 1", "a_gather_b"), ["s_barrier", add, "s_nop 0"]);
+        assert_eq!(texts("gather | s_barrier | = s_nop 0 | *", "a_gather_b"), ["s_nop 0", add, "s_nop 0"]);
+        assert_eq!(texts("gather | v1, 3 | v1, 4 | 0", "gather")[1], "v_add_u32_e32 v1, 4, v2");
+        assert_eq!(texts("gather | s_barrier | = s_nop 0 | *", "scatter"), ["s_barrier", add, "s_barrier"]);
+        assert!(Mutation::parse("gather | s_barrier | 1").is_none());
+    }
+}
