@@ -32,5 +32,5 @@ echo '{ global: quantkv_*; local: *; };' >"$exports"
     "-Wl,--version-script=$exports" \
     -Wl,--whole-archive "$objects/libquantkv_cuda.a" -Wl,--no-whole-archive \
     "-L$runtime" -lcudart_static -ldl -lpthread -lrt
-cp "$root"/csrc/quantkv*.h "$dir"
+cp "$root"/csrc/quantkv.h "$root"/csrc/quantkv_decoder.h "$dir"
 echo "$dir/libquantkv_cuda.so"
