@@ -285,7 +285,7 @@ fn wrong_arguments_end_in_one_line() {
         (&["--ids-file", &far], "token id 800 is outside the vocabulary of 768"),
         (&["--model", &missing], "missing/config.json"),
         (&["--out", &short, "--samples", "1"], "short.txt"),
-        (&["--device", "tpu"], "expected cpu, cuda or cuda:N"),
+        (&["--device", "tpu"], "expected cpu, cuda, cuda:N, rocm or rocm:N"),
         (&["--activations", "bf16"], "the CPU computes with f32"),
         (&["unexpected"], "unexpected"),
     ] {

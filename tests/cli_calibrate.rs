@@ -174,7 +174,7 @@ fn whatever_is_wrong_is_one_line() {
     fails(&[&good[..], &["--strategy", "block"]].concat(), "tensor, head, channel");
     fails(&[&good[..], &["--samples", "0"]].concat(), "at least 1");
     fails(&[&good[..], &["--sequence-length", "513"]].concat(), "512 positions");
-    fails(&[&good[..], &["--device", "tpu"]].concat(), "cpu, cuda or cuda:N");
+    fails(&[&good[..], &["--device", "tpu"]].concat(), "cpu, cuda, cuda:N, rocm or rocm:N");
     fails(&[&good[..], &["--activations", "bf16"]].concat(), "the CPU computes with f32");
 
     let with =
