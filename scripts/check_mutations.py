@@ -174,23 +174,29 @@ def first_failure(build, library, tests, capability=None, orders=ORDERS):
     """What noticed: the test, the order, and its words. None if nothing did."""
     for order in orders:
         for test, filter in tests:
-            environment = dict(os.environ, QUANTKV_SIMT_ORDER=order, PROPTEST_DISABLE_FAILURE_PERSISTENCE="true",
-                               PROPTEST_MAX_SHRINK_ITERS="0", RUST_BACKTRACE="0", QUANTKV_TEST_DEVICES="cuda")
+            environment = dict(os.environ, QUANTKV_SIMT_ORDER=order, QUANTKV_TEST_DEVICES="cuda")
             if capability:
                 environment["QUANTKV_SIMT_CC"] = str(capability)
             environment["LD_LIBRARY_PATH"] = f"{library}:{environment['LD_LIBRARY_PATH']}"
             runner = [value for name, value in environment.items() if name.startswith("CARGO_TARGET_") and name.endswith("_RUNNER")]
-            command = [*runner, build.programs[test], *([filter] if filter else [])]
-            try:
-                result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, timeout=TEST_SECONDS)
-            except subprocess.TimeoutExpired:
-                return f"{test}, order {order}: no end after {TEST_SECONDS} s"
-            output = result.stdout.decode(errors="replace")
-            if result.returncode != 0:
-                return f"{test}, order {order}: {telling_line(output)}"
-            if "running 0 tests" in output:
-                sys.exit(f"{test} has no test named {filter}")
+            if seen := failure_of([*runner, build.programs[test]], test, filter, order, environment):
+                return seen
+    return None
+
+
+def failure_of(program, test, filter, order, environment):
+    """What one run of a test says against the code, or None. Shared with check_rocm_mutations.py."""
+    environment = dict(environment, PROPTEST_DISABLE_FAILURE_PERSISTENCE="true", PROPTEST_MAX_SHRINK_ITERS="0", RUST_BACKTRACE="0")
+    try:
+        result = subprocess.run([*program, *([filter] if filter else [])], cwd=ROOT, env=environment,
+                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TEST_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"{test}, order {order}: no end after {TEST_SECONDS} s"
+    output = result.stdout.decode(errors="replace")
+    if result.returncode != 0:
+        return f"{test}, order {order}: {telling_line(output)}"
+    if "running 0 tests" in output:
+        sys.exit(f"{test} has no test named {filter}")
     return None
 
 

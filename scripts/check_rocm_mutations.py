@@ -21,7 +21,7 @@ import time
 import tomllib
 from pathlib import Path
 
-from check_mutations import ORDERS, ROOT, TEST_SECONDS, telling_line, tests_of
+from check_mutations import ORDERS, ROOT, failure_of, tests_of
 
 
 def main():
@@ -95,20 +95,10 @@ def first_failure(programs, runtime, tests, orders):
     """What noticed: the test, the order, and its words. None if nothing did."""
     for order in orders:
         for test, filter in tests:
-            environment = dict(os.environ, QUANTKV_AMD_ORDER=order, PROPTEST_DISABLE_FAILURE_PERSISTENCE="true",
-                               PROPTEST_MAX_SHRINK_ITERS="0", RUST_BACKTRACE="0", QUANTKV_TEST_DEVICES="rocm",
+            environment = dict(os.environ, QUANTKV_AMD_ORDER=order, QUANTKV_TEST_DEVICES="rocm",
                                LD_LIBRARY_PATH=f"{runtime}:{os.environ['LD_LIBRARY_PATH']}")
-            command = [programs[test], *([filter] if filter else [])]
-            try:
-                result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT, timeout=TEST_SECONDS)
-            except subprocess.TimeoutExpired:
-                return f"{test}, order {order}: no end after {TEST_SECONDS} s"
-            output = result.stdout.decode(errors="replace")
-            if result.returncode != 0:
-                return f"{test}, order {order}: {telling_line(output)}"
-            if "running 0 tests" in output:
-                sys.exit(f"{test} has no test named {filter}")
+            if seen := failure_of([programs[test]], test, filter, order, environment):
+                return seen
     return None
 
 

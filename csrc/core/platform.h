@@ -70,8 +70,6 @@ QKV_DEVICE uint32_t atomic_add(uint32_t *word, uint32_t value) { return atomicAd
 QKV_DEVICE void atomic_max_nonnegative(float *value, float x) {
   atomicMax(reinterpret_cast<int *>(value), __float_as_int(x));
 }
-// Orders this thread's writes before those that follow, for every thread of the device.
-QKV_DEVICE void fence_device() { __threadfence(); }
 
 } // namespace quantkv
 

@@ -285,6 +285,7 @@ QKV_DEVICE uint32_t atomic_add_ordered(uint32_t *word, uint32_t value) {
 #endif
   return before;
 }
+
 // 16 bytes from global to shared memory, in the background; zeros if not `valid`, and then nothing is read.
 // Below sm_80 the copy is done at once.
 QKV_DEVICE void copy_async_16(void *shared, const void *global, bool valid) {

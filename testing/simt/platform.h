@@ -102,6 +102,5 @@ inline void atomic_max_nonnegative(float *value, float x) {
   memcpy(&candidate, &x, sizeof candidate);
   if (candidate > before) *value = x;
 }
-inline void fence_device() {}
 
 } // namespace quantkv

@@ -105,7 +105,5 @@ QKV_DEVICE uint32_t atomic_add(uint32_t *word, uint32_t value) {
 QKV_DEVICE void atomic_max_nonnegative(float *value, float x) {
   __hip_atomic_fetch_max(reinterpret_cast<int *>(value), __builtin_bit_cast(int, x), __ATOMIC_RELAXED, __HIP_MEMORY_SCOPE_AGENT);
 }
-// Also the other way: what follows reads memory anew, not a compute unit's cache.
-QKV_DEVICE void fence_device() { __builtin_amdgcn_fence(__ATOMIC_ACQ_REL, "agent"); }
 
 } // namespace quantkv

@@ -130,7 +130,6 @@ QKV_KERNEL void atomics(uint32_t *words, float *maximum, uint32_t *tickets) {
   atomic_max_nonnegative(maximum, static_cast<float>(t * 7 % 128) / 4.0f);
   set_fault(&words[2], QUANTKV_FAULT_SLOT << t % 3);
   set_fault(nullptr, 1);
-  fence_device();
 }
 
 void test_atomics() {
