@@ -4,7 +4,7 @@
     scripts/simt.sh [--sanitize] -- scripts/check_mutations.py [--list] [--some] [WORD ..]
 
 testing/mutations.toml lists them: a text that occurs once in a file, what it becomes, and the tests that must
-fail; `capability`: on a device of that one. Those marked `sanitize` only show to AddressSanitizer and are for --sanitize; the others run without. WORDs choose
+fail; `capability`: on a device of that one; `multiprocessors`: of so many. Those marked `sanitize` only show to AddressSanitizer and are for --sanitize; the others run without. WORDs choose
 by a part of the name; --some (CI) takes the first of each file of csrc/ops and csrc/hopper, and plants a bug of decode in
 one format's kernels. A test is run in several orders until it fails.
 
@@ -63,7 +63,7 @@ def main():
         for mutation in chosen:
             began = time.monotonic()
             try:
-                seen = first_failure(build, mutate(build, mutation, Path(folder), some), tests_of(mutation), mutation.get("capability"))
+                seen = first_failure(build, mutate(build, mutation, Path(folder), some), tests_of(mutation), mutation)
             except CompileError as error:
                 sys.exit(f"{mutation['name']}: the changed source does not compile:\n{error}")
             print(f"{'caught  ' if seen else 'SURVIVED'} {mutation['name']} [{time.monotonic() - began:.0f} s]"
@@ -170,13 +170,14 @@ def finish(process):
         raise CompileError(output)
 
 
-def first_failure(build, library, tests, capability=None, orders=ORDERS):
+def first_failure(build, library, tests, device={}, orders=ORDERS):
     """What noticed: the test, the order, and its words. None if nothing did."""
     for order in orders:
         for test, filter in tests:
             environment = dict(os.environ, QUANTKV_SIMT_ORDER=order, QUANTKV_TEST_DEVICES="cuda")
-            if capability:
-                environment["QUANTKV_SIMT_CC"] = str(capability)
+            for name, variable in [("capability", "QUANTKV_SIMT_CC"), ("multiprocessors", "QUANTKV_SIMT_MULTIPROCESSORS")]:
+                if name in device:
+                    environment[variable] = str(device[name])
             environment["LD_LIBRARY_PATH"] = f"{library}:{environment['LD_LIBRARY_PATH']}"
             runner = [value for name, value in environment.items() if name.startswith("CARGO_TARGET_") and name.endswith("_RUNNER")]
             if seen := failure_of([*runner, build.programs[test]], test, filter, order, environment):

@@ -378,6 +378,31 @@ fn long_sequences_are_split() {
     }
 }
 
+/// So many pieces that CUDA's decode kernel merges them in two steps: on a GPU, or on an emulated one of 40
+/// multiprocessors (QUANTKV_SIMT_MULTIPROCESSORS). Rows of a part of a warp and of several, with and without threads that
+/// share a row.
+#[test]
+fn many_pieces_of_a_sequence() {
+    for (dim, group, sequences) in
+        [(64, 1, vec![(4900, 1)]), (128, 4, vec![(4900, 1), (40, 1)]), (256, 2, vec![(5200, 1), (0, 1)])]
+    {
+        let blocks: usize = sequences.iter().map(|&(before, new): &(usize, usize)| (before + new).div_ceil(16)).sum();
+        let geometry = Geometry::plain(CacheLayout::Hnd, (1, dim), (16, blocks + 1), KvFormat::Fp8E4M3);
+        let window = (dim == 256).then_some(5000);
+        let parameters = Parameters { dtype: DType::BF16, window, ..simple(geometry, group, sequences) };
+        check_all(&build(&parameters), (dim, group));
+    }
+}
+
+/// On an emulated device of 11 multiprocessors the 41st of 44 blocks has the last piece of the first sequence, which is a
+/// run of its own, and the first of the second.
+#[test]
+fn a_run_of_pieces_begins_where_a_sequence_does() {
+    let geometry = Geometry::plain(CacheLayout::Hnd, (1, 64), (16, 597), KvFormat::Fp8E4M3);
+    let sequences = vec![(551 * 16 - 1, 1), (45 * 16 - 1, 1)];
+    check_all(&build(&Parameters { dtype: DType::BF16, ..simple(geometry, 1, sequences) }), ());
+}
+
 /// A workspace made for a large batch serves every smaller one: "for at most `num_tokens`".
 #[test]
 fn a_workspace_for_many_tokens_serves_fewer() {

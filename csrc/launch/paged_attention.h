@@ -14,9 +14,8 @@ namespace quantkv {
 namespace {
 
 constexpr int32_t kAnyQueries = 0x7fffffff;
-constexpr int32_t kDecodeTile = 16, kDecodeMinTiles = 4, kDecodePieceCost = 10;
+constexpr int32_t kDecodeTile = 16, kDecodeMinTiles = 8, kDecodePieceCost = 10;
 constexpr int32_t kDecodeRows = 16, kDecodeBlocks = 4; // at most
-constexpr int32_t kMostOwnPieces = 100;                // of a (group, column), for a decode kernel that merges itself
 
 enum class Kernel { Portable, Decode, Prefill, PrefillHopper };
 
@@ -75,7 +74,7 @@ size_t place(WorkList &list, void *workspace, size_t offset) {
   take(list.groups, static_cast<size_t>(list.max_groups));
   take(list.starts, workers);
   take(list.merges, workers);
-  take(list.tickets, workers);
+  take(list.tickets, 3 * workers);
   take(list.values, rows * static_cast<size_t>(list.value_stride));
   take(list.states, rows * 2);
   return offset;
@@ -84,10 +83,7 @@ size_t place(WorkList &list, void *workspace, size_t offset) {
 void add(Dispatch &dispatch, Kernel kernel, const WorkList &list) {
   dispatch.kernels[dispatch.count] = kernel;
   dispatch.call.lists[dispatch.count] = list;
-  // The last block at a (group, column) merges its pieces at once, which saves a launch; very many are better shared out
-  // by a kernel of their own. How many there will be is a guess from the shape.
-  const int64_t columns = dispatch.call.params.op.num_seqs * list.columns;
-  dispatch.call.lists[dispatch.count++].merges_itself = kernel == Kernel::Decode && list.workers <= kMostOwnPieces * columns;
+  dispatch.call.lists[dispatch.count++].merges_itself = kernel == Kernel::Decode;
 }
 
 KernelShape decode_shape(const quantkv_paged_attention &op, const Device &device, int32_t rows) {

@@ -19,7 +19,7 @@
 // A call has up to two work lists, of sequences with few and with many query rows, each with a plan of its own.
 //
 // Workspace of a list, each part aligned to 256 bytes:
-//   WorkGroup [max_groups]   WorkerStart [workers]   Merge [workers]   uint32_t tickets [workers]
+//   WorkGroup [max_groups]   WorkerStart [workers]   Merge [workers]   uint32_t tickets [3 * workers]
 //   float values [2 * workers, rows, value_stride]     accumulators, relative to max, without the static scale of V
 //   float states [2 * workers, rows, 2]                max (base 2) and sum
 //
@@ -93,7 +93,7 @@ struct WorkList {
   WorkerStart *starts;
   bool merges_itself;          // the attention kernel does, and the merge kernel has nothing to do
   Merge *merges;               // [w]: of the shared (group, column) whose first tiles worker w does; no pieces: none
-  uint32_t *tickets;           // [w]: how many pieces of merges[w] are done, for kernels that merge themselves
+  uint32_t *tickets;           // how many pieces are done, for kernels that merge themselves: 0 between calls
   float *values;
   float *states;
 };

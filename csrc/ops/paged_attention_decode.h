@@ -19,110 +19,15 @@
 // The four warps of a block take tiles in turn, each with a softmax state of its own, and merge them in shared memory
 // when the piece ends. The loads of a tile are issued before the products of the one before it are used up.
 #pragma once
+#include "paged_attention_decode_merge.h"
+#include "paged_attention_decode_query.h"
 #include "paged_attention_decode_tiles.h"
-#include "paged_attention_merge.h"
 
 namespace quantkv {
 
 // Tiles of a warp's first piece that L2 is asked for while the kernel before this one ends. More come too early: they
 // take the bandwidth of the blocks that are not done.
 constexpr int kTilesAhead = 2;
-
-// The queries of a piece and of the next one, in shared memory: every warp uses the same, and registers are for K and V.
-// Threads share rows in runs of 8 channels, kLanes a row; a run is copied and read again by the same thread.
-template <class Shape> struct DecodeQuery {
-  static constexpr int kRuns = Shape::kDim / 8;
-  static constexpr int kLanes = kRuns <= 8 ? 8 : kRuns <= 16 ? 16 : 32;
-  static constexpr int kItems = Shape::kRows * kLanes; // whole warps of them
-  static_assert(kRuns <= kLanes && kItems % kWarp == 0, "lanes that share a row are neighbours in a warp");
-  alignas(16) uint16_t raw[Shape::kRows][Shape::kDim]; // as they come
-  Words<2> q[Shape::kRowTiles][Shape::kSteps][kWarp];  // operands of lane 4g + t: row g of the tile, four channels
-  float factor[Shape::kRows];                          // a product times this is q . k
-};
-
-// Asks for the queries of a piece. Rows it does not have are zeros.
-template <class Shape>
-QKV_DEVICE void begin_query(DecodeQuery<Shape> &out, const AttentionParams &params, const Piece &piece) {
-  using Query = DecodeQuery<Shape>;
-  const uint16_t *data = static_cast<const uint16_t *>(params.op.query.data);
-  QKV_NO_UNROLL
-  for (int i = reread_thread_index(); i < Query::kItems; i += Shape::kThreads) {
-    const int row = i / Query::kLanes, run = i % Query::kLanes, query = piece.query_of(row);
-    if (run >= Query::kRuns) continue;
-    const bool valid = row < piece.rows();
-    const int head = piece.first_head + row - query * piece.num_heads;
-    const uint16_t *from = data + (valid ? row_index(params.op.query, piece.first_token + query, head) + 8 * run : 0);
-    uint16_t *to = &out.raw[row][8 * run];
-    if (reinterpret_cast<uintptr_t>(from) % 16 == 0 || !valid) {
-      copy_async_16(to, from, valid);
-    } else {
-      QKV_NO_UNROLL
-      for (int j = 0; j < 8; j++) to[j] = from[j];
-    }
-  }
-  copy_async_commit();
-}
-
-// The four channels of a step that a lane multiplies lie side by side in memory: the step and the lane's t of those
-// from `channel` on.
-template <class Shape> QKV_DEVICE void find_key_channel(int channel, int &step, int &t) {
-  constexpr int width = Shape::kWidthK, element = Shape::kElement;
-  const int byte = channel * element;
-  t = byte / width % 4;
-  step = (byte / (4 * width) * width + byte % width) / (4 * element); // of the lane's share of a row
-}
-
-// Queries to operands. Rows are scaled by a power of two, so that the largest element is near 2^13: a bf16 query then
-// fits an f16 exactly, but for elements below 2^-37 of the largest. A per-channel scale of K is multiplied in first;
-// `k_scale` is the one of the head otherwise.
-template <class Shape>
-QKV_DEVICE void make_query(DecodeQuery<Shape> &out, const AttentionParams &params, const Piece &piece, float k_scale) {
-  using Query = DecodeQuery<Shape>;
-  const quantkv_half &k = params.op.cache.k;
-  const bool by_channel = is_quantized(format_of(k)) && k.scale.channel_stride != 0;
-  QKV_NO_UNROLL
-  for (int i = reread_thread_index(); i < Query::kItems; i += Shape::kThreads) {
-    const int row = i / Query::kLanes, run = i % Query::kLanes;
-    const bool inside = run < Query::kRuns;
-    const Words<4> words = *reinterpret_cast<const Words<4> *>(&out.raw[row][inside ? 8 * run : 0]);
-    float x[8];
-    QKV_UNROLL
-    for (int j = 0; j < 4; j++) {
-      if (params.op.activation == QUANTKV_F16) unpack_f16(words.w[j], x[2 * j], x[2 * j + 1]);
-      else unpack_bf16(words.w[j], x[2 * j], x[2 * j + 1]);
-    }
-    if (by_channel && inside) {
-      QKV_UNROLL
-      for (int j = 0; j < 8; j++) x[j] *= static_scale(k, piece.kv_head, 8 * run + j);
-    }
-    float power = 1.0f, inverse = 1.0f;
-    if constexpr (!Shape::kBf16) {
-      float largest = 0.0f;
-      QKV_UNROLL
-      for (int j = 0; j < 8; j++) largest = maximum(largest, x[j] < 0.0f ? -x[j] : x[j]);
-      QKV_UNROLL
-      for (int mask = 1; mask < Query::kLanes; mask *= 2) largest = maximum(largest, shuffle_xor(largest, mask));
-      // 2^exponent <= largest; 2^(13 - exponent) and its inverse are normal for every exponent left.
-      int exponent = static_cast<int>(bits_of(largest) >> 23) - 127;
-      exponent = exponent < -100 ? -100 : exponent;
-      power = float_of(static_cast<uint32_t>(127 + 13 - exponent) << 23);
-      inverse = float_of(static_cast<uint32_t>(127 - 13 + exponent) << 23);
-    }
-    if (!inside) continue;
-    QKV_UNROLL
-    for (int half = 0; half < 2; half++) {
-      int step, t;
-      find_key_channel<Shape>(8 * run + 4 * half, step, t);
-      Words<2> &q = out.q[row / 8][step][row % 8 * 4 + t];
-      QKV_UNROLL
-      for (int j = 0; j < 2; j++) {
-        const float low = x[4 * half + 2 * j] * power, high = x[4 * half + 2 * j + 1] * power;
-        q.w[j] = Shape::kBf16 ? pack_bf16(low, high) : pack_f16(low, high);
-      }
-    }
-    if (run == 0) out.factor[row] = inverse * (by_channel ? 1.0f : k_scale);
-  }
-}
 
 template <class Shape> QKV_DEVICE void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #if QKV_HAS_TENSOR_CORES
@@ -320,6 +225,7 @@ struct DecodeWork {
   Words<2> offsets[2][kWarp];   // of each piece, a lane: DecodeTiles::offsets
   int32_t blocks[kWarp];        // of the first batch of tiles of the next piece, a lane
   float k_scale[kWarp];         // of the next piece's head, the same for every lane
+  float v_scale[2];             // of each piece's head, unless scales are by channel
 
   QKV_DEVICE void begin() {
     if (lane_index() == 0) started = false;
@@ -378,9 +284,11 @@ template <class Shape, int RowTiles> QKV_DEVICE void share_state(DecodeState<Sha
 // Merges the warps' states: the rows of the piece, or its partial state. A warp takes a row at a time, a lane four
 // neighbouring channels.
 template <class Shape>
-QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, const Piece &piece, const float *shared) {
+QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, const Piece &piece, float v_scale, const float *shared) {
   const float *states = shared + Shape::kWarps * Shape::kRows * Shape::kStride;
   const int thread = reread_thread_index(), lane = thread % kWarp;
+  const quantkv_half &v = params.op.cache.v;
+  const bool by_channel = is_quantized(format_of(v)) && v.scale.channel_stride != 0;
   for (int row = thread / kWarp; row < piece.rows(); row += Shape::kWarps) {
     float max = negative_infinity(), sum = 0.0f, weight[Shape::kWarps];
     QKV_UNROLL
@@ -394,7 +302,8 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
     const int query = piece.query_of(row), head = piece.first_head + row - query * piece.num_heads;
     const int token = piece.first_token + query;
     const bool whole = piece.slot < 0;
-    const SoftmaxEnd end = end_of_row(params, head, max, sum);
+    SoftmaxEnd end = {};
+    if (whole) end = end_of_row(params, head, max, sum);
     for (int channel = 4 * lane; channel < Shape::kDim; channel += 4 * kWarp) {
       float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       QKV_UNROLL
@@ -410,7 +319,7 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
       if (whole) {
         QKV_UNROLL
         for (int i = 0; i < 4; i++) {
-          acc[i] = softmax_result(acc[i], end) * static_scale(params.op.cache.v, piece.kv_head, channel + i);
+          acc[i] = softmax_result(acc[i], end) * (by_channel ? static_scale(v, piece.kv_head, channel + i) : v_scale);
         }
         store_activation_x4(params.op, row_index(params.op.output, token, head) + channel, acc);
       } else {
@@ -453,17 +362,19 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     const Tiles tiles(params, piece);
     const int32_t *entry = tiles.entry(0);
     const int32_t block = entry != nullptr ? *entry : 0;
-    const float scale = static_scale(k, piece.kv_head, 0);
+    const float scale = static_scale(k, piece.kv_head, 0), v_scale = static_scale(v, piece.kv_head, 0);
     const int thread = reread_thread_index();
     if (piece.merge >= 0 && thread < 2) {
       copy_async_16(reinterpret_cast<Words<4> *>(&pending->merges[piece.slot & 1]) + thread,
                     reinterpret_cast<const Words<4> *>(&list.merges[piece.merge]) + thread, true);
       pending->index[piece.slot & 1] = piece.merge;
+      pending->v_scale[piece.slot & 1] = v_scale;
     }
     begin_query(queries[slot], params, piece);
     work.offsets[slot][lane_index()] = tiles.offsets();
     work.blocks[lane_index()] = tiles.checked(entry, block);
     work.k_scale[lane_index()] = scale;
+    if (lane_index() == 0) work.v_scale[slot] = v_scale;
   };
   auto load_first = [&](const Piece &piece, int slot) {
     loader.aim(Tiles(params, piece), work.offsets[slot][lane_index()], work.blocks[lane_index()], 0);
@@ -473,7 +384,7 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     if constexpr (Dynamic) loader.scales(params, next.k_dynamic, next.v_dynamic);
   };
   work.begin();
-  if (thread_index() == 0) pending->index[0] = pending->index[1] = -1;
+  if (thread_index() == 0) pending->begin();
   sync_warp();
   // A plan of an earlier call is not what the kernel before this one writes: there is no need to wait to read it.
   bool any_work = false;
@@ -498,6 +409,7 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     tiles.next_blocks = work.blocks[lane_index()];
     tiles.begin_batch(0);
     work.set_whole(params, piece);
+    if (piece.merge >= 0 && thread_index() == Shape::kThreads - 1) pending->prepare(params, list, piece.slot & 1);
     // The next piece, once loads of this one's second tile are on their way; if there is none, now.
     if ((tiles.count < 2 || !Shape::kLooksLate) && work.next(params, list, slot ^ 1)) {
       begin_piece(next_piece, slot ^ 1);
@@ -541,10 +453,10 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     copy_async_wait<0>();
     if (work.found) make_query(queries[slot ^ 1], params, next_piece, work.k_scale[lane_index()]);
     sync_threads();
-    write_rows<Shape>(params, list, piece, shared);
+    write_rows<Shape>(params, list, piece, work.v_scale[slot], shared);
     if (!work.found) break;
   }
-  if (list.merges_itself) merge_when_last(params, list, *pending, *reinterpret_cast<MergeShared *>(shared));
+  merge_when_last<Shape>(params, list, *pending, shared);
 #endif
 }
 

@@ -1,10 +1,9 @@
 // paged_attention's merge: the states that workers left of a (group, column) they share, to outputs and LSE.
 //
-// The warps of a block share the rows of one merge, or several warps (`parts`) a row, whose pieces they take in turn;
-// a lane has four channels. A row is summed in an order that follows from the plan alone. What a merge is, and where
-// its states lie, stands in one record: two trips to memory, then the result.
+// A warp merges a row, a lane has four channels. A row is summed in an order that follows from the plan alone. What a
+// merge is, and where its states lie, stands in one record: two trips to memory, then the result.
 //
-// Done by a kernel of its own, or by the block that finishes the last piece (merge_when_last).
+// Done by a kernel of its own; the decode kernel has a way of its own (paged_attention_decode_merge.h).
 #pragma once
 #include "paged_attention.h"
 
@@ -36,24 +35,14 @@ struct MergeRow {
 // Softmax state of one row, of which a lane has four channels.
 struct MergeState {
   float max, sum, acc[4];
-
-  QKV_DEVICE void add(float other_max, float other_sum, const float (&other)[4]) {
-    // A piece that saw no key has no part in the result, whatever its products with zero gave.
-    if (other_max == negative_infinity() && other_sum == 0.0f) return;
-    const float top = maximum(max, other_max), mine = softmax_rescale(max, top), others = softmax_rescale(other_max, top);
-    max = top;
-    sum = sum * mine + other_sum * others;
-    QKV_UNROLL
-    for (int i = 0; i < 4; i++) acc[i] = acc[i] * mine + other[i] * others;
-  }
 };
 
-// Pieces part, part + parts .. of a row, channels `channel` .. + 4. Of up to 32 of them a lane has the state of each, so
-// that their weights are known at once; accumulators are then only added up, many loads under way.
-QKV_DEVICE MergeState merge_pieces(const MergeRow &row, int32_t part, int32_t parts, int32_t channel) {
+// The pieces of a row, channels `channel` .. + 4. Of up to 32 of them a lane has the state of each, so that their weights
+// are known at once; accumulators are then only added up, many loads under way.
+QKV_DEVICE MergeState merge_pieces(const MergeRow &row, int32_t channel) {
   MergeState state = {negative_infinity(), 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
   const bool inside = channel < row.list.value_stride;
-  const int32_t count = (row.merge.num_pieces - part + parts - 1) / parts, lane = lane_index();
+  const int32_t count = row.merge.num_pieces, lane = lane_index();
   float weight = 0.0f;  // of piece base + lane
   uint32_t used = 0;    // pieces that saw a key: others have no part in the result, whatever products with zero gave
   QKV_NO_UNROLL
@@ -62,12 +51,12 @@ QKV_DEVICE MergeState merge_pieces(const MergeRow &row, int32_t part, int32_t pa
     QKV_UNROLL
     for (int i = 0; i < kMergePieces; i++) {
       values[i] = Words<4>{{0, 0, 0, 0}};
-      if (inside && base + i < count) values[i] = row.values(part + (base + i) * parts, channel);
+      if (inside && base + i < count) values[i] = row.values(base + i, channel);
     }
     if (base % kWarp == 0) {
       float max = negative_infinity(), sum = 0.0f;
       if (base + lane < count) {
-        const Words<2> words = row.state(part + (base + lane) * parts);
+        const Words<2> words = row.state(base + lane);
         max = float_of(words.w[0]);
         sum = float_of(words.w[1]);
       }
@@ -136,85 +125,8 @@ QKV_DEVICE void write_merged(const AttentionParams &params, const MergeRow &row,
   }
 }
 
-// Shared by the warps of a row.
-struct MergeShared {
-  float max[kMergeWarps], sum[kMergeWarps];
-  float acc[kMergeWarps][kMergeChannels];
-};
-
-// `parts` warps a row, rows first_row .. + kMergeWarps / parts.
-QKV_DEVICE void merge_rows(const AttentionParams &params, const WorkList &list, const Merge &merge, int32_t first_row,
-                           int32_t parts, MergeShared &shared) {
-  const int32_t part = warp_index() % parts;
-  const MergeRow row = {list, merge, first_row + warp_index() / parts};
-  const bool mine = row.row < merge.num_queries * merge.num_heads;
-  for (int32_t base = 0; base < params.op.cache.v.head_dim; base += kMergeChannels) {
-    const int32_t channel = base + 4 * lane_index();
-    MergeState state = {negative_infinity(), 0.0f, {0.0f, 0.0f, 0.0f, 0.0f}};
-    if (mine) state = merge_pieces(row, part, parts, channel);
-    if (parts > 1) {
-      shared.max[warp_index()] = state.max;
-      shared.sum[warp_index()] = state.sum;
-      QKV_UNROLL
-      for (int i = 0; i < 4; i++) shared.acc[warp_index()][4 * lane_index() + i] = state.acc[i];
-      sync_threads();
-      for (int32_t other = 1; other < parts && part == 0; other++) {
-        const int32_t warp = warp_index() + other;
-        float acc[4];
-        QKV_UNROLL
-        for (int i = 0; i < 4; i++) acc[i] = shared.acc[warp][4 * lane_index() + i];
-        state.add(shared.max[warp], shared.sum[warp], acc);
-      }
-      sync_threads();
-    }
-    if (mine && part == 0) write_merged(params, row, state, channel);
-  }
-}
-
-// Rows that `warps` warps take at once: a power of two, so that all warps have work.
-QKV_DEVICE int32_t rows_at_once(int32_t rows, int32_t warps) {
-  int32_t at_once = 1;
-  while (at_once < rows && at_once < warps) at_once *= 2;
-  return at_once;
-}
-
-// The merges that a block has a piece of: at most two, of its first piece and of its last one. In shared memory.
-struct PendingMerges {
-  alignas(16) Merge merges[2];
-  int32_t index[2]; // in list.merges; -1: none
-  bool is_last[2];
-};
-
-// To be called by all threads of a block (of at most kMergeWarps warps, a power of two) when all its pieces are stored:
-// the block that is the last to store a piece of a merge does the merge. Which one that is does not show.
-QKV_DEVICE void merge_when_last(const AttentionParams &params, const WorkList &list, PendingMerges &pending,
-                                MergeShared &shared) {
-  if (pending.index[0] < 0 && pending.index[1] < 0) return;
-  sync_threads();
-  const int thread = thread_index();
-  if (thread < 2) {
-    const int32_t index = pending.index[thread];
-    bool is_last = false;
-    if (index >= 0) {
-      is_last = atomic_add_ordered(&list.tickets[index], 1) + 1 == static_cast<uint32_t>(pending.merges[thread].num_pieces);
-      if (is_last) list.tickets[index] = 0; // for the next call with this plan
-    }
-    pending.is_last[thread] = is_last;
-  }
-  sync_threads();
-  QKV_NO_UNROLL
-  for (int i = 0; i < 2; i++) {
-    const Merge &merge = pending.merges[i];
-    if (!pending.is_last[i] || !is_sound(params, list, merge)) continue;
-    const int32_t warps = block_threads() / kWarp, rows = merge.num_queries * merge.num_heads;
-    const int32_t at_once = rows_at_once(rows, warps);
-    for (int32_t row = 0; row < rows; row += at_once) merge_rows(params, list, merge, row, warps / at_once, shared);
-  }
-}
-
 // Grid: x any, y the number of lists.
 QKV_KERNEL void QKV_LAUNCH_BOUNDS(kMergeThreads, 1) merge_attention(AttentionLists call) {
-  QKV_SHARED(MergeShared, shared, 1);
   const WorkList &list = call.lists[block_index_y()];
   if (list.merges_itself) {
     // This kernel's end must not be before the other's.
@@ -222,8 +134,7 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kMergeThreads, 1) merge_attention(AttentionLis
     return;
   }
   // The plan is there: the kernel before this one had waited for it before it let this one start.
-  const int32_t rows = rows_at_once(list.rows, kMergeWarps);
-  const int64_t items_a_merge = (list.rows + rows - 1) / rows, items = items_a_merge * list.workers;
+  const int64_t items_a_merge = (list.rows + kMergeWarps - 1) / kMergeWarps, items = items_a_merge * list.workers;
   Merge merge = {};
   if (block_index_x() < items) merge = list.merges[block_index_x() / items_a_merge];
   wait_for_previous_kernel();
@@ -231,7 +142,12 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kMergeThreads, 1) merge_attention(AttentionLis
   for (int64_t item = block_index_x(); item < items; item += grid_size_x()) {
     if (item != block_index_x()) merge = list.merges[item / items_a_merge];
     if (!is_sound(call.params, list, merge)) continue;
-    merge_rows(call.params, list, merge, static_cast<int32_t>(item % items_a_merge) * rows, kMergeWarps / rows, shared[0]);
+    const MergeRow row = {list, merge, static_cast<int32_t>(item % items_a_merge) * kMergeWarps + warp_index()};
+    if (row.row >= merge.num_queries * merge.num_heads) continue;
+    for (int32_t base = 0; base < call.params.op.cache.v.head_dim; base += kMergeChannels) {
+      const int32_t channel = base + 4 * lane_index();
+      write_merged(call.params, row, merge_pieces(row, channel), channel);
+    }
   }
 }
 

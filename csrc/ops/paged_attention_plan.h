@@ -181,7 +181,8 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists
   }
   for (int32_t worker = thread; worker < list.workers; worker += kPlanThreads) {
     list.merges[worker].num_pieces = 0;
-    list.tickets[worker] = 0;
+    QKV_UNROLL
+    for (int i = 0; i < 3; i++) list.tickets[i * list.workers + worker] = 0;
   }
   sync_threads();
 
