@@ -11,10 +11,10 @@
 #   --prepare          only what COMMAND would need
 #
 # clang makes LLVM IR of csrc/hip/*.hip as it does for the device, testing/amd/retarget.rs turns it into IR for x86-64,
-# and testing/amd/{machine,hip}.cpp run it as libamdhip64.so.7 (docs/rocm.md). The crate is built as ever, with real code
-# for that architecture; it only finds another runtime. The compiler is QUANTKV_HIP_CLANG, else that of
-# .rocm, else clang-22 to clang-19. QUANTKV_HIP_ARCHS: the library's architectures, if not ARCH alone. With all of them
-# in it, the same test programs serve every ARCH.
+# and testing/amd/{machine,hip}.cpp run it as libamdhip64.so.7 (docs/rocm.md), with testing/amd/rocblas.cpp as its
+# librocblas.so.5. The crate is built as ever, with real code for that architecture; it only finds another runtime. The
+# compiler is QUANTKV_HIP_CLANG, else that of .rocm, else clang-22 to clang-19. QUANTKV_HIP_ARCHS: the library's
+# architectures, if not ARCH alone. With all of them in it, the same test programs serve every ARCH.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -117,17 +117,22 @@ wait
 for object in "${objects[@]}"; do [ -f "$object" ] || { echo "amd.sh: $object was not made" >&2; exit 1; }; done
 
 runtime=$out/libamdhip64.so.7
-if is_stale "$runtime" "${objects[@]}" testing/amd/*.{h,cpp} testing/simt/fiber.*; then
-    "${CXX:-c++}" -std=c++20 -O2 -g -Wall -Wextra -Werror -fPIC -fvisibility=hidden -shared -Wl,-soname,libamdhip64.so.7 \
+shared=("${CXX:-c++}" -std=c++20 -O2 -g -Wall -Wextra -Werror -fPIC -fvisibility=hidden -shared)
+if is_stale "$runtime" "${objects[@]}" testing/amd/{machine.h,machine.cpp,hip.cpp} testing/simt/fiber.*; then
+    "${shared[@]}" -Wl,-soname,libamdhip64.so.7 \
         -DQUANTKV_AMD_WAVE=$wave -DQUANTKV_AMD_FNUZ=$fnuz -DQUANTKV_AMD_MACHINE=$machine "-DQUANTKV_AMD_ARCH=\"$arch\"" \
-        testing/amd/*.cpp testing/simt/fiber.cpp "${objects[@]}" -o "$runtime"
+        testing/amd/{machine,hip}.cpp testing/simt/fiber.cpp "${objects[@]}" -o "$runtime"
+fi
+if is_stale "$out/librocblas.so.5" "$runtime" testing/amd/rocblas.cpp; then
+    "${shared[@]}" -Wl,-soname,librocblas.so.5 testing/amd/rocblas.cpp "$runtime" -o "$out/librocblas.so.5"
 fi
 [ $prepare_only = 0 ] || exit 0
 
 if [ $# -eq 0 ]; then
     set -- cargo test --features rocm
-    for test in $(grep -l 'devices()' tests/*.rs); do set -- "$@" --test "$(basename "$test" .rs)"; done
+    for test in $(grep -lE 'devices(::rocm)?\(\)' tests/*.rs); do set -- "$@" --test "$(basename "$test" .rs)"; done
 fi
-export CARGO_TARGET_DIR=$cargo_target QUANTKV_AMD_ORDER=$order QUANTKV_AMD_EMULATED=1 QUANTKV_REQUIRE_ROCM=1
+export CARGO_TARGET_DIR=$cargo_target QUANTKV_AMD_ORDER=$order QUANTKV_AMD_EMULATED=1
+export QUANTKV_REQUIRE_ROCM=1 QUANTKV_REQUIRE_ROCBLAS=1
 export QUANTKV_AMD_ARCH=$arch QUANTKV_AMD_RUNTIME=$out LD_LIBRARY_PATH=$out${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 "$@"

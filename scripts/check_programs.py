@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Runs calibrate and accuracy on a device and on the CPU, and fails where their answers differ.
 
-    scripts/check_programs.py FOLDER DEVICE [--small]
+    scripts/check_programs.py FOLDER DEVICE [PROGRAM] [--small]
 
-FOLDER holds the example programs (target/release/examples); DEVICE is for their --device, such as cuda. Both run the
+FOLDER holds the example programs (target/release/examples); DEVICE is for their --device, such as cuda or rocm. Both run the
 bundled model in f32, where what differs is the order of sums. So scales and perplexities must agree to 1e-4: 32-bit
 sums over 256 to 1024 products, each good to 2^-24, through four layers. What FP8 costs (KL) hangs on codes that such a
-difference flips; it must agree to a fifth. --small is for the emulator.
+difference flips; it must agree to a fifth. --small is for the emulators. PROGRAM: calibrate or accuracy, not both.
 """
 
 import json
@@ -21,12 +21,11 @@ FLIPS = 0.2
 
 def main():
     words = [word for word in sys.argv[1:] if word != "--small"]
-    if len(words) != 2:
+    folder, device, *programs = words if len(words) in (2, 3) else sys.exit(__doc__)
+    if not {*programs} <= {"calibrate", "accuracy"}:
         sys.exit(__doc__)
-    folder, device = Path(words[0]), words[1]
-    small = "--small" in sys.argv
-    Check(folder, device).calibrate(small)
-    Check(folder, device).accuracy(small)
+    for program in programs or ["calibrate", "accuracy"]:
+        getattr(Check(Path(folder), device), program)("--small" in sys.argv)
 
 
 class Check:
@@ -65,7 +64,7 @@ class Check:
 
     def accuracy(self, small):
         sizes = ["--samples", "1", "--calibration-samples", "1", "--sequence-length", "32", "--tales", "0", "--max-tokens", "2"]
-        rows = ["--formats", "fp8_e4m3"]
+        rows = ["--formats", "fp8_e4m3,fp8_e4m3_fnuz"]
         if not small:
             sizes = ["--samples", "8", "--calibration-samples", "8", "--sequence-length", "256", "--tales", "4", "--facts", "4"]
             rows = []

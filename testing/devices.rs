@@ -111,6 +111,17 @@ impl Device {
         }
     }
 
+    /// Whether those products take subnormal operands for zero: MI200's do, by its architecture's name or its maker's.
+    pub fn flushes_subnormals(&self) -> bool {
+        match self {
+            #[cfg(feature = "rocm")]
+            Device::Rocm(rocm) => rocm
+                .device()
+                .is_ok_and(|device| ["gfx90a", "MI210", "MI250"].iter().any(|name| device.name.contains(name))),
+            _ => false,
+        }
+    }
+
     /// Runs `body` in CPU thread pools of 1, 3 and 8 threads: results may not depend on it. Elsewhere, twice.
     pub fn in_pools(&self, body: impl Fn(usize) + Send + Sync) {
         if !self.is_cpu() {

@@ -80,6 +80,8 @@ fn golden_tokens_in_every_kv_mode() {
         ("e4m3_cal", &["--kv-cache-dtype", "fp8_e4m3"], ""),
         ("e4m3_one", &["--scales-file", &ones], ""),
         ("e5m2_one", &["--kv-cache-dtype", "fp8_e5m2"], "ignores them"),
+        // Torch's tokens with OCP codes: with scales twice as large FNUZ's mean the same, but for what clips.
+        ("e4m3_cal", &["--kv-cache-dtype", "fp8_e4m3_fnuz"], ""),
     ] {
         let prompts = prompt_flags(&golden);
         let mut args = vec!["--model", &model, "--max-tokens", "24", "--ignore-eos"];
@@ -95,8 +97,15 @@ fn golden_tokens_in_every_kv_mode() {
         assert_eq!(stderr.lines().count(), usize::from(!warning.is_empty()), "{mode}: {stderr}");
         assert!(stderr.contains(warning), "{mode}: {stderr}");
         if mode == "e4m3_cal" {
-            assert_eq!(object["kv_cache"]["k_scale"], golden["k_scale"]);
-            assert_eq!(object["kv_cache"]["v_scale"], golden["v_scale"]);
+            let times = if flags.contains(&"fp8_e4m3_fnuz") { 2.0 } else { 1.0 };
+            for name in ["k_scale", "v_scale"] {
+                let scales = |object: &Value| -> Vec<f32> {
+                    let layers = object[name].as_array().unwrap().iter().flat_map(|layer| layer.as_array().unwrap());
+                    layers.map(|scale| scale.as_f64().unwrap() as f32).collect()
+                };
+                let wanted: Vec<f32> = scales(&golden).iter().map(|scale| times * scale).collect();
+                assert_eq!(scales(&object["kv_cache"]), wanted, "{name} times {times}");
+            }
             let origin = &object["kv_cache"]["scales_origin"];
             assert_eq!(origin["tool"], "compressed-tensors");
             assert_eq!(
@@ -113,6 +122,16 @@ fn golden_tokens_in_every_kv_mode() {
         assert_ne!(object["kv_cache"]["k_scale"], golden["k_scale"]);
     }
     fs::remove_dir_all(dir).unwrap();
+}
+
+/// Without scales of its own FNUZ has 1.0 doubled too: the same codes, and a little more room.
+#[test]
+fn fnuz_without_scales_is_ocp() {
+    let of = |dtype: &str| json(&["--kv-cache-dtype", dtype, "--max-tokens", "16"]);
+    let ((ocp, _), (fnuz, warning)) = (of("fp8_e4m3"), of("fp8_e4m3_fnuz"));
+    assert_eq!(ocp["requests"], fnuz["requests"]);
+    assert_eq!(fnuz["kv_cache"]["k_scale"][3], serde_json::json!([2.0]));
+    assert!(warning.contains("fp8_e4m3_fnuz uses 2.0 and cuts what lies beyond ±480"), "{warning}");
 }
 
 #[test]
@@ -296,7 +315,9 @@ fn what_is_wrong_is_one_line_and_exit_code_2() {
         (vec!["--device", "cuda:4096"], "cuda"),
         (vec!["--activations", "bf16"], "f32"),
         (vec!["--activations", "f8"], "--activations"),
-        (vec!["--products", "blas"], "cublaslt"),
+        (vec!["--products", "blas"], "rocblas"),
+        (vec!["--products", "cublaslt", "--device", "rocm"], "the library on ROCm is rocblas"),
+        (vec!["--products", "rocblas", "--device", "cuda"], "the library on CUDA is cublaslt"),
         (vec!["--random-weights", "gpt-9", "--prompt-length", "3"], "llama-3.1-8b"),
         (vec!["--random-weights", "llama-3.1-8b"], "--prompt-length"),
         (vec!["--random-weights", "llama-3.1-8b", "--prompt", "x"], "cannot be used with"),

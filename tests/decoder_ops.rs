@@ -1,4 +1,4 @@
-//! The decoder's own operations against f64, on every device: the CPU in f32, CUDA in f32, f16 and bf16.
+//! The decoder's own operations against f64, on every device: the CPU in f32, GPUs in f32, f16 and bf16.
 //!
 //! Tolerances are those of the arithmetic the trait promises, sums and statistics in f32, with
 //! u = 2^-24 the rounding of an f32 and `T`'s rounding of the result.
@@ -38,9 +38,11 @@ macro_rules! on_every_device {
                 devices::Device::Cpu(cpu) => $check::<_, f32>(&**cpu, &name),
                 #[cfg(feature = "rocm")]
                 devices::Device::Rocm(rocm) => {
-                    $check::<_, f32>(&**rocm, &format!("{name}, f32"));
-                    $check::<_, f16>(&**rocm, &format!("{name}, f16"));
-                    $check::<_, bf16>(&**rocm, &format!("{name}, bf16"));
+                    for (rocm, products) in rocm_with_both_products(rocm) {
+                        $check::<_, f32>(&rocm, &format!("{name}, {products}, f32"));
+                        $check::<_, f16>(&rocm, &format!("{name}, {products}, f16"));
+                        $check::<_, bf16>(&rocm, &format!("{name}, {products}, bf16"));
+                    }
                 }
                 #[cfg(feature = "cuda")]
                 devices::Device::Cuda(cuda) => {
@@ -64,6 +66,23 @@ fn with_both_products(cuda: &quantkv::cuda::CudaBackend) -> Vec<quantkv::cuda::C
     let library = with(Products::CublasLt);
     match library.uses_cublaslt() {
         Ok(_) => backends.push(library),
+        Err(reason) => println!("skipped: {reason}"),
+    }
+    backends
+}
+
+/// Our own products, and rocBLAS's where it is installed (`QUANTKV_REQUIRE_ROCBLAS=1`: it must be).
+#[cfg(feature = "rocm")]
+fn rocm_with_both_products(rocm: &quantkv::rocm::RocmBackend) -> Vec<(quantkv::rocm::RocmBackend, &'static str)> {
+    use quantkv::decoder::rocm::{DecoderOptions, Products};
+    let with = |products| rocm.with_decoder_options(DecoderOptions { products });
+    let mut backends = vec![(with(Products::Portable), "our own products")];
+    let library = with(Products::RocBlas);
+    match library.uses_rocblas() {
+        Ok(_) => backends.push((library, "rocBLAS")),
+        Err(reason) if std::env::var_os("QUANTKV_REQUIRE_ROCBLAS").is_some_and(|value| value == "1") => {
+            panic!("QUANTKV_REQUIRE_ROCBLAS is set, but: {reason}")
+        }
         Err(reason) => println!("skipped: {reason}"),
     }
     backends
@@ -179,7 +198,9 @@ fn rms_norm_in_both_forms() {
 fn linear_layers_and_logits() {
     on_every_device!(check);
     fn check<B: Compute<A>, A: Element>(backend: &B, case: &str) {
-        for (rows, inputs, outputs) in [(1, 8, 1), (2, 7, 3), (8, 40, 9), (9, 264, 5), (17, 46, 8), (3, 1040, 4)] {
+        for (rows, inputs, outputs) in
+            [(1, 8, 1), (2, 7, 3), (8, 40, 9), (9, 264, 5), (17, 46, 8), (3, 1040, 4), (300, 5, 2)]
+        {
             let (x, bias) = (numbers::<A>(4, rows * inputs), numbers::<A>(5, outputs));
             let (device_x, device_bias) = (uploaded(backend, &x), uploaded(backend, &bias));
             for dtype in [DType::F32, DType::F16, DType::BF16] {
@@ -213,7 +234,7 @@ fn linear_layers_and_logits() {
     }
 }
 
-/// The promise of the trait; cuBLASLt makes no such promise.
+/// The promise of the trait; cuBLASLt and rocBLAS make no such promise.
 #[test]
 fn a_row_of_a_product_is_the_same_bits_in_every_batch() {
     for device in devices() {
@@ -221,8 +242,9 @@ fn a_row_of_a_product_is_the_same_bits_in_every_batch() {
             devices::Device::Cpu(cpu) => check::<_, f32>(&**cpu),
             #[cfg(feature = "rocm")]
             devices::Device::Rocm(rocm) => {
-                check::<_, f32>(&**rocm);
-                check::<_, bf16>(&**rocm);
+                let (own, _) = &rocm_with_both_products(rocm)[0];
+                check::<_, f32>(own);
+                check::<_, bf16>(own);
             }
             #[cfg(feature = "cuda")]
             devices::Device::Cuda(cuda) => {

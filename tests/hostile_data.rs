@@ -146,7 +146,7 @@ proptest! {
         };
         let expectation = expect(&case);
         for device in attention_devices() {
-            let arithmetic = if device.has_tensor_cores() { Arithmetic::TensorCore } else { Arithmetic::F32 };
+            let arithmetic = Arithmetic::of(device.has_tensor_cores(), device.flushes_subnormals());
             let (out, lse, faults) = on_device!(&device, |backend| run::attention(backend, &case)).unwrap();
             prop_assert_eq!(
                 check_attention(&case, &expectation, arithmetic, &out, lse.as_deref(), faults), Ok(()), "on {}", device

@@ -28,7 +28,7 @@ use quantkv::{Backend, CacheLayout, DType, KvFormat};
 fn check(device: &Device, case: &AttentionCase, expectation: &AttentionExpectation) -> Result<(), String> {
     let run = on_device!(device, |backend| run::attention(backend, case));
     let (out, lse, faults) = run.map_err(|error| error.to_string())?;
-    let arithmetic = if device.has_tensor_cores() { Arithmetic::TensorCore } else { Arithmetic::F32 };
+    let arithmetic = Arithmetic::of(device.has_tensor_cores(), device.flushes_subnormals());
     check_attention(case, expectation, arithmetic, &out, lse.as_deref(), faults)
 }
 
@@ -356,6 +356,30 @@ fn large_scores_do_not_overflow() {
         check_all(&case, factor);
         case.sinks = Some(vec![f32::NEG_INFINITY, 80.0]);
         check_all(&case, (factor, "sinks"));
+    }
+}
+
+/// One token of weight 1 and 2000 of e^-10 = 2^-14.4, which f16 can only hold as a subnormal: together they are 8 % of the
+/// sum, and all of the output.
+#[test]
+fn many_small_weights_count() {
+    let geometry = Geometry::plain(CacheLayout::Hnd, (1, 16), (16, 128), KvFormat::Fp8E4M3);
+    for dtype in [DType::F16, DType::BF16] {
+        let mut case = build(&Parameters { dtype, ..simple(geometry, 2, vec![(2000, 1)]) });
+        case.params.softmax_scale = 1.0;
+        (case.k_scale, case.v_scale) = (Scales::tensor(1.0), Scales::tensor(1.0));
+        for (logical, block) in case.tables.iter_mut().enumerate() {
+            *block = logical as i32;
+        }
+        for d in 0..16 {
+            (0..2).for_each(|head| case.query.set(0, head, d, if d == 0 { 1.0 } else { 0.0 }));
+            for position in 0..2001 {
+                let (at, is_first) = ((position / 16, 0, position % 16, d), position == 0);
+                case.layer.store(&geometry, Half::K, at, if d > 0 || is_first { 0.0 } else { -10.0 });
+                case.layer.store(&geometry, Half::V, at, if is_first { 0.0 } else { 1.0 });
+            }
+        }
+        check_all(&case, dtype);
     }
 }
 

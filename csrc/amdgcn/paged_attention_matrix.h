@@ -9,7 +9,8 @@
 // shared memory are 16 bytes longer than their elements, so that neighbours begin on different banks.
 //
 // Range. f16 products: a query row is scaled by a power of two, so that its largest element is near 2^13; the inverse
-// goes to the scores, as does K's scale of the head. K's scales per channel are multiplied into the query before.
+// goes to the scores, as does K's scale of the head. K's scales per channel are multiplied into the query before. Weights
+// are scaled to 2^15: gfx90a's products take subnormal f16 for zero, and many small weights are much together.
 //
 // Tokens that are not to be read (outside the piece, no block) are holes: zeros in the tiles, weight 0.
 #pragma once
@@ -22,6 +23,10 @@ constexpr int kMatrixThreads = 256, kMatrixWarps = kMatrixThreads / kWarp, kMatr
 constexpr int kMatrixRows = 16, kMatrixTokens = 64;
 constexpr int kTokenTiles = kMatrixTokens / 16;
 constexpr int kScoreParts = kMatrixWaves > kTokenTiles ? kMatrixWaves / kTokenTiles : 1; // of the channels
+
+// What weights are multiplied by for the products, and sums by afterwards.
+template <class T> constexpr float kWeightUnit = FormatOf<T>::value == Format::F16 ? 32768.0f : 1.0f;
+template <class T> constexpr float kSumUnit = 1.0f / kWeightUnit<T>;
 
 template <int kDim> struct MatrixShared {
   static constexpr int kStride = kDim + 8, kScoreStride = kMatrixTokens + 4, kWeightStride = kMatrixTokens + 8;
@@ -194,7 +199,8 @@ QKV_DEVICE void weigh_matrix_tokens(const AttentionParams &params, const Piece &
   }
   QKV_UNROLL
   for (int half = 0; half < 2; half++) {
-    const uint16_t bits = FormatOf<T>::value == Format::F16 ? to_f16(weight[half]).bits : to_bf16(weight[half]).bits;
+    const float scaled = weight[half] * kWeightUnit<T>;
+    const uint16_t bits = FormatOf<T>::value == Format::F16 ? to_f16(scaled).bits : to_bf16(scaled).bits;
     shared.weights[row * Shared::kWeightStride + lane + half * kWarp] = bits;
   }
   if (lane == 0) shared.rescale[row] = rescale;
@@ -273,12 +279,13 @@ QKV_DEVICE void attend_matrix(const AttentionParams &params, const WorkList &lis
     for (int i = 0; i < matrix::kSums; i++) {
       const int row = matrix::row_of(i);
       if (row >= rows || channel >= v.head_dim) continue;
+      const float sum = acc[n][i] * kSumUnit<T>;
       if (piece.slot >= 0) {
-        partial_values(list, piece.slot, row)[channel] = acc[n][i];
+        partial_values(list, piece.slot, row)[channel] = sum;
       } else {
         const int token = piece.first_token + row / piece.num_heads, head = piece.first_head + row % piece.num_heads;
         store_activation(params.op.output.data, params.op.activation, row_index(params.op.output, token, head) + channel,
-                         softmax_result(acc[n][i], shared.ends[row]) * static_scale(v, piece.kv_head, channel));
+                         softmax_result(sum, shared.ends[row]) * static_scale(v, piece.kv_head, channel));
       }
     }
   }

@@ -16,9 +16,21 @@ pub struct DeviceArgs {
     #[arg(long, value_name = "DTYPE", default_value = "auto")]
     pub activations: Activations,
 
-    /// Who multiplies matrices on CUDA; auto is cuBLASLt where it is installed
-    #[arg(long, value_name = "WHO", default_value = "auto", value_parser = ["auto", "cublaslt", "portable"])]
-    pub products: String,
+    /// Who multiplies matrices on a GPU; auto is the vendor's library, cublaslt on CUDA and rocblas on ROCm, where it is
+    /// installed, else portable, our own kernel
+    #[arg(long, value_name = "WHO", default_value = "auto")]
+    pub products: Products,
+}
+
+/// `--products`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Products {
+    Auto,
+    #[value(name = "cublaslt")]
+    CublasLt,
+    #[value(name = "rocblas")]
+    RocBlas,
+    Portable,
 }
 
 /// `--device`.
@@ -111,8 +123,14 @@ impl DeviceArgs {
             (Device::Cpu, Some(given)) => Err(Failure::User(format!(
                 "--activations {given}: the CPU computes with f32; use --device cuda or rocm"
             ))),
+            (Device::Cuda(_), _) if self.products == Products::RocBlas => {
+                Err(Failure::User("--products rocblas: the library on CUDA is cublaslt".into()))
+            }
+            (Device::Rocm(_), _) if self.products == Products::CublasLt => {
+                Err(Failure::User("--products cublaslt: the library on ROCm is rocblas".into()))
+            }
             (Device::Cuda(ordinal), activations) => self.run_on_cuda(ordinal, activations, graphs, job),
-            (Device::Rocm(ordinal), activations) => run_on_rocm(ordinal, activations, job),
+            (Device::Rocm(ordinal), activations) => self.run_on_rocm(ordinal, activations, job),
         }
     }
 
@@ -125,12 +143,12 @@ impl DeviceArgs {
         job: impl Job,
     ) -> Result<(), Failure> {
         use quantkv::cuda::CudaBackend;
-        use quantkv::decoder::cuda::{DecoderOptions, Products};
+        use quantkv::decoder::cuda::{DecoderOptions, Products as Cuda};
 
-        let products = match self.products.as_str() {
-            "cublaslt" => Products::CublasLt,
-            "portable" => Products::Portable,
-            _ => Products::Auto,
+        let products = match self.products {
+            Products::CublasLt => Cuda::CublasLt,
+            Products::Portable => Cuda::Portable,
+            Products::Auto | Products::RocBlas => Cuda::Auto,
         };
         let backend = CudaBackend::new(ordinal)?.with_decoder_options(DecoderOptions { products, graphs });
         // Now rather than after minutes of loading.
@@ -142,16 +160,27 @@ impl DeviceArgs {
     fn run_on_cuda(&self, _: usize, _: Option<DType>, _: bool, _: impl Job) -> Result<(), Failure> {
         Err(Failure::User("--device cuda: this program was built without CUDA (build it with --features cuda)".into()))
     }
-}
 
-#[cfg(feature = "rocm")]
-fn run_on_rocm(ordinal: usize, activations: Option<DType>, job: impl Job) -> Result<(), Failure> {
-    run_in(activations, quantkv::rocm::RocmBackend::new(ordinal)?, job)
-}
+    #[cfg(feature = "rocm")]
+    fn run_on_rocm(&self, ordinal: usize, activations: Option<DType>, job: impl Job) -> Result<(), Failure> {
+        use quantkv::decoder::rocm::{DecoderOptions, Products as Rocm};
+        use quantkv::rocm::RocmBackend;
 
-#[cfg(not(feature = "rocm"))]
-fn run_on_rocm(_: usize, _: Option<DType>, _: impl Job) -> Result<(), Failure> {
-    Err(Failure::User("--device rocm: this program was built without ROCm (build it with --features rocm)".into()))
+        let products = match self.products {
+            Products::RocBlas => Rocm::RocBlas,
+            Products::Portable => Rocm::Portable,
+            Products::Auto | Products::CublasLt => Rocm::Auto,
+        };
+        let backend = RocmBackend::new(ordinal)?.with_decoder_options(DecoderOptions { products });
+        // Now rather than after minutes of loading.
+        backend.uses_rocblas()?;
+        run_in(activations, backend, job)
+    }
+
+    #[cfg(not(feature = "rocm"))]
+    fn run_on_rocm(&self, _: usize, _: Option<DType>, _: impl Job) -> Result<(), Failure> {
+        Err(Failure::User("--device rocm: this program was built without ROCm (build it with --features rocm)".into()))
+    }
 }
 
 /// With the activations asked for, or the model's own.
@@ -174,8 +203,9 @@ impl Machine for quantkv::rocm::RocmBackend {
     }
 
     fn describe(&self) -> String {
+        let products = if self.uses_rocblas().unwrap_or(false) { "rocBLAS" } else { "our own products" };
         let device = self.device().map_or_else(|_| "an AMD device".into(), |device| device.name);
-        format!("{device} ({})", self.label())
+        format!("{device} ({}), {products}", self.label())
     }
 
     // The runtime's call for it is not among those that are loaded: what is allocated says when there is no more.

@@ -98,8 +98,9 @@ pub struct Args {
     #[arg(long)]
     pub ignore_eos: bool,
 
-    /// How keys and values are stored; auto is the model's own dtype, fp8 is fp8_e4m3
-    #[arg(long, value_name = "DTYPE", default_value = "fp8", value_parser = ["auto", "fp8", "fp8_e4m3", "fp8_e5m2"])]
+    /// How keys and values are stored; auto is the model's own dtype, fp8 is fp8_e4m3. fp8_e4m3_fnuz is gfx942's own
+    /// E4M3: given scales are doubled for it
+    #[arg(long, value_name = "DTYPE", default_value = "fp8", value_parser = ["auto", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3_fnuz"])]
     pub kv_cache_dtype: String,
 
     /// Take the scales from the first forward pass: the largest K / 200, the largest V / 100

@@ -117,7 +117,7 @@ impl RunReport {
         })
     }
 
-    /// `auto`, `fp8_e4m3` or `fp8_e5m2`.
+    /// `auto`, `fp8_e4m3`, `fp8_e5m2` or `fp8_e4m3_fnuz`.
     pub fn dtype_name(&self) -> &'static str {
         match self.dtype {
             KvCacheDtype::Auto => "auto",

@@ -16,7 +16,7 @@ use rand::{Rng, SeedableRng};
 
 use crate::args::Args;
 use crate::bundled;
-use crate::common::device::{Device, Machine};
+use crate::common::device::{Device, Machine, Products};
 use crate::common::program::Failure;
 use crate::scales;
 
@@ -144,7 +144,9 @@ impl<B: Compute<A> + Machine, A: Element> Session<B, A> {
             }
         }
         if args.machine.device == Device::Cpu {
-            for (flag, given) in [("--products", args.machine.products != "auto"), ("--no-graphs", args.no_graphs)] {
+            for (flag, given) in
+                [("--products", args.machine.products != Products::Auto), ("--no-graphs", args.no_graphs)]
+            {
                 if given {
                     self.notes.push(format!("{flag} has no effect on the CPU"));
                 }

@@ -5,6 +5,7 @@
 //! auto        any           1.0, unused; a hint if the checkpoint carries some
 //! e4m3        checkpoint    the checkpoint's, else 1.0 and a warning
 //! e4m3        file          one scale a layer (or head, if made for several ranks), for K and V
+//! e4m3 FNUZ   the same      e4m3's doubled (`docs/numerics.md`): the same codes, but for what clips
 //! e5m2        the same      1.0: scales are made for e4m3; a warning if there were some
 //! any fp8     first batch   K/200, V/100 of the first forward pass; 1.0 until then
 //! any fp8     running       follow the largest values of the first tokens (`warm_up.rs`); then frozen
@@ -203,8 +204,10 @@ pub fn resolve<'a>(
         (ScaleSource::Checkpoint, ..) => match checkpoint::scales_in(weights, &config.into(), &options)? {
             Some(found) => scales.take(found),
             None => {
-                let (why, most) = (checkpoint::why_none(weights)?, format.max_finite());
-                warn(format!("{why}; {format} uses 1.0 and cuts what lies beyond ±{most}"));
+                // See below.
+                let one = if format == KvFormat::Fp8E4M3Fnuz { 2.0 } else { 1.0 };
+                let (why, most) = (checkpoint::why_none(weights)?, one * format.max_finite());
+                warn(format!("{why}; {format} uses {one:.1} and cuts what lies beyond ±{most}"));
             }
         },
     }

@@ -101,6 +101,9 @@ fn device(ordinal: usize) -> Result<RocmDevice> {
 pub struct RocmBackend {
     shared: Arc<Shared>,
     attention_kernel: AttentionKernel,
+    /// What the reference decoder keeps: its options, the matrix library.
+    #[cfg(feature = "decoder")]
+    pub(crate) decoder: Arc<crate::decoder::rocm::State>,
 }
 
 #[derive(Debug)]
@@ -161,7 +164,12 @@ impl RocmBackend {
         let side = RocmStream::new(stream.runtime, stream.device() as c_int)?;
         let (launches, reading_faults) = (RwLock::new(()), Mutex::new(()));
         let shared = Shared { stream, side, faults, launches, reading_faults, copy_lists };
-        let backend = RocmBackend { shared: Arc::new(shared), attention_kernel: AttentionKernel::Auto };
+        let backend = RocmBackend {
+            shared: Arc::new(shared),
+            attention_kernel: AttentionKernel::Auto,
+            #[cfg(feature = "decoder")]
+            decoder: Arc::default(),
+        };
         backend.check_kernels()?;
         Ok(backend)
     }
@@ -207,7 +215,7 @@ impl RocmBackend {
     }
 
     /// Runs `call`, which enqueues work on the stream.
-    pub(crate) fn enqueue(&self, call: impl FnOnce(Launch) -> Result<()>) -> Result<()> {
+    pub(crate) fn enqueue<T>(&self, call: impl FnOnce(Launch) -> Result<T>) -> Result<T> {
         self.stream().bind()?;
         let _launching = self.shared.launches.read().unwrap_or_else(PoisonError::into_inner);
         call(Launch { stream: self.stream().handle, faults: self.shared.faults.at(0).cast() })

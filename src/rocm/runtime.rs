@@ -119,8 +119,17 @@ impl Runtime {
     }
 
     /// The runtime's file.
-    pub(super) fn name(&self) -> &'static str {
+    pub(crate) fn name(&self) -> &'static str {
         self.name
+    }
+
+    /// Whether a library that was linked with a runtime was linked with this one: streams and memory of one are nothing
+    /// to another.
+    #[cfg(feature = "decoder")]
+    pub(crate) fn is_linked_by(&self, library: &Library) -> bool {
+        // SAFETY: the signature is right, and the function is not called.
+        let theirs = unsafe { library.get::<unsafe extern "C" fn(c_uint) -> c_int>(b"hipInit\0") };
+        theirs.is_ok_and(|theirs| std::ptr::fn_addr_eq(*theirs, self.init))
     }
 
     /// A status of `call` in this crate's words.

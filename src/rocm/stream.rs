@@ -47,19 +47,19 @@ impl RocmStream {
     }
 
     /// Makes the device current on this thread.
-    pub(super) fn bind(&self) -> Result<()> {
+    pub(crate) fn bind(&self) -> Result<()> {
         self.runtime.set_device(self.device)
     }
 
     /// Waits until everything enqueued so far is done.
-    pub(super) fn synchronize(&self) -> Result<()> {
+    pub(crate) fn synchronize(&self) -> Result<()> {
         self.bind()?;
         // SAFETY: live: ours, or the caller's, who keeps it as long as the backend.
         unsafe { self.runtime.synchronize(self.handle) }
     }
 
     /// Refuses calls that would leave a host pointer in a graph.
-    pub(super) fn refuse_capture(&self, call: &'static str) -> Result<()> {
+    pub(crate) fn refuse_capture(&self, call: &'static str) -> Result<()> {
         // SAFETY: live, as above.
         if unsafe { self.runtime.is_capturing(self.handle) }? { Err(Error::InCapture { call }) } else { Ok(()) }
     }

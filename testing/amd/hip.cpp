@@ -272,6 +272,14 @@ HIP int hipFree(void *pointer) {
   allocations.erase(found);
   return Success;
 }
+// Of no use to this crate: what libraries over the runtime ask it.
+HIP int hipMemGetAddressRange(void **start, size_t *bytes, void *pointer) {
+  uint64_t first, end;
+  if (!amd::find_allocation(reinterpret_cast<uint64_t>(pointer), first, end)) return NotFound;
+  *start = reinterpret_cast<void *>(first);
+  *bytes = end - first;
+  return Success;
+}
 HIP int hipMemsetAsync(void *pointer, int value, size_t bytes, void *stream) {
   std::lock_guard<std::mutex> lock(memory_lock);
   if (!is_stream(stream) || !is_device(pointer) || !is_right(pointer, bytes)) return InvalidValue;

@@ -135,7 +135,12 @@ uint64_t wait_in(State state, uint32_t site) {
   return self->result;
 }
 
+// gfx90a takes subnormal f16 and bf16 for zero, in and out (rocBLAS's documentation, "MI200 (gfx90a) Considerations").
+constexpr bool kFlushes = QUANTKV_AMD_MACHINE == 0x3f;
+float flush(float x) { return kFlushes && fpclassify(x) == FP_SUBNORMAL ? copysignf(0.0f, x) : x; }
+
 float half_value(uint16_t bits, bool is_bf16) {
+  if (kFlushes && (bits & (is_bf16 ? 0x7f80 : 0x7c00)) == 0) return bits & 0x8000 ? -0.0f : 0.0f;
   if (is_bf16) {
     const uint32_t word = static_cast<uint32_t>(bits) << 16;
     float value;
@@ -170,6 +175,7 @@ bool multiply_matrices(std::span<Lane> wave) {
       const size_t row = terms == 16 ? 2 * i + l / 16 : l / 16 * sums + i;
       float &sum = wave[l].fragments.c[i];
       for (int k = 0; k < 16; k++) sum += a[row][k] * b[l % 16][k];
+      sum = flush(sum);
     }
   }
   return true;

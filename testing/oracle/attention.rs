@@ -28,6 +28,9 @@
 //!                    + 2^-24 Σ_j |v_jd| (max_i dynamic_i / dynamic_j) / Σ_j exp(s_j - max s)   f16 only
 //! ```
 //! where c = 2^-11 with K scales per channel, else 0.
+//!
+//! The matrix cores of gfx90a ([`Arithmetic::FlushingTensorCore`]) take subnormal operands for zero. In f16 2^-38 becomes
+//! 2^-27 then, and elements of K and V below 2^-14 before their scale count for nothing: f16 and E5M2 have such.
 
 use quantkv::args::{AttentionParams, RowStrides};
 use quantkv::layout::Half;
@@ -46,10 +49,25 @@ pub enum Arithmetic {
     F32,
     /// 16-bit products wherever activations are 16-bit: bf16 if K is bf16, else f16.
     TensorCore,
+    /// The same, but subnormal operands are zeros.
+    FlushingTensorCore,
 }
 
+impl Arithmetic {
+    pub fn of(has_tensor_cores: bool, flushes_subnormals: bool) -> Self {
+        match (has_tensor_cores, flushes_subnormals) {
+            (false, _) => Arithmetic::F32,
+            (true, false) => Arithmetic::TensorCore,
+            (true, true) => Arithmetic::FlushingTensorCore,
+        }
+    }
+}
+
+/// How many there are.
+const ARITHMETICS: usize = 3;
+
 /// A bound of errors for each [`Arithmetic`].
-type Bounds = [f64; 2];
+type Bounds = [f64; ARITHMETICS];
 
 #[derive(Clone, Debug)]
 pub struct AttentionCase {
@@ -83,11 +101,11 @@ pub struct Expected {
     pub lse_tolerance: f64,
 }
 
-/// What one (token, head) must be, and how far each [`Arithmetic`] may be from it.
+/// The same, and how far each [`Arithmetic`] may be from it.
 #[derive(Clone, Debug)]
 struct Row {
     out: Vec<f64>,
-    out_tolerance: [Vec<f64>; 2],
+    out_tolerance: [Vec<f64>; ARITHMETICS],
     lse: f64,
     lse_tolerance: Bounds,
 }
@@ -103,15 +121,18 @@ struct Rounding {
     query: f64,
     /// Of a query element, relative to the row's largest.
     query_floor: f64,
+    /// What elements of K and of V may lose, before their scales.
+    element_floor: [f64; 2],
     /// Roundings a term of a sum, in [`U`].
     sum: f64,
 }
 
 impl Rounding {
-    const NONE: Rounding = Rounding { weight: 0.0, weight_floor: 0.0, query: 0.0, query_floor: 0.0, sum: 1.0 };
+    const NONE: Rounding =
+        Rounding { weight: 0.0, weight_floor: 0.0, query: 0.0, query_floor: 0.0, element_floor: [0.0; 2], sum: 1.0 };
 
     /// For each [`Arithmetic`].
-    fn of(case: &AttentionCase) -> [Rounding; 2] {
+    fn of(case: &AttentionCase) -> [Rounding; ARITHMETICS] {
         let format = case.geometry.format(Half::K);
         let tensor_core = if case.dtype == DType::F32 {
             Rounding::NONE
@@ -124,10 +145,16 @@ impl Rounding {
                 weight_floor: 2f64.powi(-24),
                 query: if by_channel { 2f64.powi(-11) } else { 0.0 },
                 query_floor: 2f64.powi(-38),
+                element_floor: [0.0; 2],
                 sum: 3.0,
             }
         };
-        [Rounding::NONE, tensor_core]
+        let has_subnormals = |half| matches!(case.geometry.format(half), KvFormat::F16 | KvFormat::Fp8E5M2);
+        let element_floor = [Half::K, Half::V].map(|half| if has_subnormals(half) { 2f64.powi(-14) } else { 0.0 });
+        let is_f16 = tensor_core.query_floor > 0.0;
+        let of_f16 = Rounding { query_floor: 2f64.powi(-27), element_floor, ..tensor_core };
+        let flushing = if is_f16 { of_f16 } else { tensor_core };
+        [Rounding::NONE, tensor_core, flushing]
     }
 }
 
@@ -242,17 +269,18 @@ fn attend(case: &AttentionCase, dense: &Dense, sequence: Sequence, i: usize, h: 
     let rounding = Rounding::of(case);
     let mut keys = Vec::new();
     let mut met_fault = false;
-    let mut error: Bounds = [0.0; 2];
+    let mut error: Bounds = [0.0; ARITHMETICS];
     for j in (0..sequence.len).filter(|&j| visible(case, p, j as i64)) {
         let Some(token) = &dense.positions[j] else {
             met_fault = true;
             continue;
         };
-        let (mut dot, mut magnitude, mut floor) = (0.0, 0.0, 0.0);
+        let (mut dot, mut magnitude, mut floor, mut queries) = (0.0, 0.0, 0.0, 0.0);
         for (d, (q, k)) in q.iter().zip(&token.k[kv_head * k_dim..]).enumerate() {
             dot += q * k;
             magnitude += (q * k).abs();
             floor += k.abs() * q_max / k_scale(d);
+            queries += (q * k_scale(d)).abs();
         }
         let mut score = scale * dot;
         let mut bound = 0.0;
@@ -265,7 +293,8 @@ fn attend(case: &AttentionCase, dense: &Dense, sequence: Sequence, i: usize, h: 
         score += bias;
         for (error, rounding) in error.iter_mut().zip(&rounding) {
             let relative = (rounding.sum * k_dim as f64 + 8.0) * U + rounding.query;
-            let products = scale.abs() * (relative * magnitude + rounding.query_floor * floor);
+            let lost = rounding.query_floor * floor + rounding.element_floor[0] * queries;
+            let products = scale.abs() * (relative * magnitude + lost);
             *error = error.max(bound + products);
         }
         // What a weight's floor is relative to, and its value's magnitude.
@@ -275,7 +304,7 @@ fn attend(case: &AttentionCase, dense: &Dense, sequence: Sequence, i: usize, h: 
     }
     let sink = case.sinks.as_ref().map(|sinks| f64::from(sinks[h]));
     let rest = 16.0 * U + sink.filter(|sink| sink.is_finite()).map_or(0.0, |sink| 8.0 * U * sink.abs());
-    (softmax(case, &keys, sink, error.map(|error| error + rest), rounding), met_fault)
+    (softmax(case, &keys, kv_head, sink, error.map(|error| error + rest), rounding), met_fault)
 }
 
 /// A visible key's score and value; and the dynamic scale that its weight is rounded relative to, over its own.
@@ -286,13 +315,21 @@ struct Key<'a> {
 }
 
 /// Weights and sums.
-fn softmax(case: &AttentionCase, keys: &[Key<'_>], sink: Option<f64>, error: Bounds, rounding: [Rounding; 2]) -> Row {
+fn softmax(
+    case: &AttentionCase,
+    keys: &[Key<'_>],
+    kv_head: usize,
+    sink: Option<f64>,
+    error: Bounds,
+    rounding: [Rounding; ARITHMETICS],
+) -> Row {
     let v_dim = case.geometry.v_dim;
     let largest = keys.iter().map(|key| key.score).fold(f64::NEG_INFINITY, f64::max);
     let max = sink.map_or(largest, |sink| largest.max(sink));
     if max == f64::NEG_INFINITY {
         let zeros = vec![0.0; v_dim];
-        return Row { out: zeros.clone(), out_tolerance: [zeros.clone(), zeros], lse: max, lse_tolerance: [0.0; 2] };
+        let out_tolerance = [(); ARITHMETICS].map(|()| zeros.clone());
+        return Row { out: zeros, out_tolerance, lse: max, lse_tolerance: [0.0; ARITHMETICS] };
     }
     let n = keys.len() as f64;
     let denominator: f64 = keys.iter().map(|key| key.score).chain(sink).map(|score| (score - max).exp()).sum();
@@ -310,14 +347,17 @@ fn softmax(case: &AttentionCase, keys: &[Key<'_>], sink: Option<f64>, error: Bou
         let (error, rounding) = (error[arithmetic], rounding[arithmetic]);
         let relative = 2.0 * error + 2.0 * (rounding.sum * n + 16.0) * U + rounding.weight;
         let of_channel = |d: usize| {
-            let absolute = magnitude[d] * relative + floor[d] * rounding.weight_floor;
+            let v_scale =
+                if quantized(case.geometry.format(Half::V)) { case.v_scale.at(kv_head, d).into() } else { 1.0 };
+            let lost = floor[d] * rounding.weight_floor + v_scale * rounding.element_floor[1];
+            let absolute = magnitude[d] * relative + lost;
             absolute + unit_roundoff(case.dtype) * (out[d].abs() + absolute) + smallest(case.dtype)
         };
         if keys.is_empty() { vec![0.0; v_dim] } else { (0..v_dim).map(of_channel).collect() }
     };
     let lse = max + denominator.ln();
     let lse_tolerance = error.map(|error| error + (n + 16.0) * U + 8.0 * U * lse.abs());
-    Row { out_tolerance: [0, 1].map(bound), out, lse, lse_tolerance }
+    Row { out_tolerance: std::array::from_fn(bound), out, lse, lse_tolerance }
 }
 
 /// What a case must give: compute it once, check every backend.

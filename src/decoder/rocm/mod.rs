@@ -1,7 +1,26 @@
-//! The decoder on ROCm: [`Compute`] for [`RocmBackend`], with activations in f32, f16 or bf16. All kernels are this
-//! crate's own, products included: a row gives the same bits in every batch.
+//! The decoder on ROCm: [`Compute`] for [`RocmBackend`], with activations in f32, f16 or bf16.
+//!
+//! ```text
+//! mod        the small kernels of csrc/quantkv_decoder.h: checked lengths, then one call; weights
+//! products   linear layers by rocBLAS, or by our own kernel where it is not there
+//! rocblas    its functions, loaded at run time
+//! ```
+//!
+//! # Products
+//!
+//! rocBLAS is loaded at run time ([`Products`] chooses). It multiplies 16-bit weights with f32 sums, and f32 weights in
+//! f32. It picks its kernel by the shape of the product, so that the last bits of a row may depend on how many rows
+//! there are; [`Products::Portable`] keeps the promise of [`Compute`] that they do not. Weights stored in another type
+//! than the activations are always multiplied by our own kernel, which converts on the way.
+//!
+//! A handle of rocBLAS allocates device memory for itself when the first product is computed, 32 or 128 MiB by default
+//! (`ROCBLAS_DEVICE_MEMORY_SIZE` says otherwise), and more where a product needs it.
+
+mod products;
+mod rocblas;
 
 use std::ffi::c_void;
+use std::sync::{Arc, Mutex};
 
 use super::bindings::*;
 use super::compute::{Compute, RandomMatrix, RowsAtOnce};
@@ -12,6 +31,49 @@ use crate::error::{Error, Result};
 use crate::format::{Element, Pod};
 use crate::raw::abi::activation;
 use crate::rocm::{RocmBackend, RocmBuffer};
+
+/// Who multiplies matrices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Products {
+    /// rocBLAS where its library is found, else the portable kernel.
+    #[default]
+    Auto,
+    /// rocBLAS; an error where its library is not found.
+    RocBlas,
+    /// This crate's own kernel: no library, no matrix cores; a row gives the same bits in every batch.
+    Portable,
+}
+
+/// Switches of the decoder on ROCm.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct DecoderOptions {
+    /// Who multiplies matrices.
+    pub products: Products,
+}
+
+/// What the decoder keeps with a backend.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    options: DecoderOptions,
+    library: Mutex<products::Library>,
+}
+
+impl RocmBackend {
+    /// The same stream, for decoders with these options. Models made with other handles keep theirs.
+    pub fn with_decoder_options(&self, options: DecoderOptions) -> Self {
+        let mut backend = self.clone();
+        backend.decoder = Arc::new(State { options, ..State::default() });
+        backend
+    }
+
+    /// Whether products are rocBLAS's, or will be when the first one is computed.
+    ///
+    /// # Errors
+    /// [`Error::NoKernel`] if [`Products::RocBlas`] is asked for and the library is not found.
+    pub fn uses_rocblas(&self) -> Result<bool> {
+        products::is_used(self.decoder.options.products)
+    }
+}
 
 /// A weight matrix `[rows, cols]` on the device, as stored in the checkpoint.
 pub type RocmMatrix = DeviceMatrix<RocmBuffer<u8>>;
@@ -36,6 +98,7 @@ macro_rules! enqueue {
         crate::decoder::gpu::enqueue_on!(crate::raw::rocm::Rocm, $backend, $function, $op)
     };
 }
+use enqueue;
 
 impl DeviceBuffers for RocmBackend {
     fn place<T: Pod>(&self, what: &'static str, buffer: &RocmBuffer<T>) -> Result<(*const c_void, usize)> {
@@ -43,33 +106,6 @@ impl DeviceBuffers for RocmBackend {
             return Err(Error::OtherStream { what });
         }
         Ok((std::ptr::with_exposed_provenance(buffer.device_ptr() as usize), buffer.len()))
-    }
-}
-
-impl RocmBackend {
-    /// `out = x · weightᵀ + bias` for `rows` rows. `O` is `A` or f32.
-    fn product<A: Element, O: Element>(
-        &self,
-        x: &RocmBuffer<A>,
-        rows: usize,
-        weight: &RocmMatrix,
-        bias: Option<&RocmBuffer<A>>,
-        out: &mut RocmBuffer<O>,
-    ) -> Result<()> {
-        let (inputs, outputs) = (weight.cols, weight.rows);
-        let op = quantkv_decoder_linear {
-            x: self.read("linear input", x, &[rows, inputs])?,
-            weight: self.read("a weight matrix", &weight.data, &[outputs, inputs, weight.dtype.bytes()])?,
-            bias: bias.map_or(Ok(std::ptr::null()), |bias| self.read("linear bias", bias, &[outputs]))?,
-            out: self.write("linear output", out, &[rows, outputs])?,
-            rows: size(rows),
-            inputs: size(inputs),
-            outputs: size(outputs),
-            activation: activation(A::DTYPE),
-            weight_format: activation(weight.dtype),
-            output: activation(O::DTYPE),
-        };
-        enqueue!(self, quantkv_hip_decoder_linear, op)
     }
 }
 
@@ -113,11 +149,11 @@ impl<A: Element> Compute<A> for RocmBackend {
         bias: Option<&RocmBuffer<A>>,
         out: &mut RocmBuffer<A>,
     ) -> Result<()> {
-        self.product(x, rows, weight, bias, out)
+        products::linear(self, x, rows, weight, bias, out)
     }
 
     fn logits(&self, x: &RocmBuffer<A>, rows: usize, weight: &RocmMatrix, out: &mut RocmBuffer<f32>) -> Result<()> {
-        self.product(x, rows, weight, None, out)
+        products::linear(self, x, rows, weight, None, out)
     }
 
     compute_operations! {
