@@ -9,8 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-cargo build --locked --release --features rocm --example generate
-generate=${CARGO_TARGET_DIR:-target}/release/examples/generate
+cargo build --locked --features rocm --example generate
+generate=${CARGO_TARGET_DIR:-target}/debug/examples/generate
 library=auto
 [ "${QUANTKV_REQUIRE_ROCBLAS:-0}" != 1 ] || library=rocblas
 tokens() { # arguments of generate
