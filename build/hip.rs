@@ -46,50 +46,67 @@ pub fn build() -> Result<(), String> {
     }
     let with_kernels: Vec<PathBuf> = kernels.iter().map(|(source, _)| source.clone()).collect();
     let mut code_objects = Vec::new();
-    for arch in &archs {
-        code_objects.push(compile::compile(&device_compiler(&clang, arch)?, &with_kernels, jobs())?);
+    for Arch { name, own } in &archs {
+        let compiler = device_compiler(own.as_ref().unwrap_or(&clang), name)?;
+        code_objects.push((name, compile::compile(&compiler, &with_kernels, jobs())?));
     }
     let assembler = host_compiler(&clang, &target, Half::Assembly)?;
     let mut embedded = Vec::new();
     for (index, (_, symbol)) in kernels.iter().enumerate() {
         let parts: Vec<(&str, &Path)> =
-            archs.iter().zip(&code_objects).map(|(arch, objects)| (arch.as_str(), objects[index].as_path())).collect();
+            code_objects.iter().map(|(arch, objects)| (arch.as_str(), objects[index].as_path())).collect();
         embedded.push(embed(symbol, &bundle(&target, &parts)?, &assembler.folder)?);
     }
     objects.extend(compile::compile(&assembler, &embedded, jobs())?);
     compile::archive("quantkv_hip", &objects)
 }
 
-/// The architectures asked for; of the default ones, those that the compiler knows.
-fn choose(list: Option<&str>, clang: &Clang) -> Result<Vec<String>, String> {
+/// An architecture, and the compiler for it alone if it has one.
+struct Arch {
+    name: String,
+    own: Option<Clang>,
+}
+
+/// The architectures asked for; of the default ones, those that their compiler knows.
+fn choose(list: Option<&str>, clang: &Clang) -> Result<Vec<Arch>, String> {
     let names = |list: &str| -> Vec<String> {
         list.split([' ', ',', ';']).filter(|name| !name.is_empty()).map(str::to_owned).collect()
     };
     let Some(list) = list else {
-        let mut known = Vec::new();
-        for arch in names(DEFAULT_ARCHS) {
-            match clang.probe(&arch) {
-                Ok(()) => known.push(arch),
-                Err(_) => println!(
-                    "cargo::warning={} does not compile for {arch}: the library will have no kernels for it. A newer \
-                     clang does (QUANTKV_HIP_CLANG); QUANTKV_HIP_ARCHS without {arch} silences this.",
-                    clang.name()
-                ),
+        let (mut known, mut why) = (Vec::new(), String::new());
+        for name in names(DEFAULT_ARCHS) {
+            let own = hip_clang::find_for(&name).transpose()?;
+            let of_arch = own.as_ref().unwrap_or(clang);
+            match of_arch.probe(&name) {
+                Ok(()) => known.push(Arch { name, own }),
+                Err(error) => {
+                    println!(
+                        "cargo::warning={} does not compile for {name}: the library will have no kernels for it. A \
+                         newer clang does ({}, or QUANTKV_HIP_CLANG for all); QUANTKV_HIP_ARCHS without {name} \
+                         silences this.",
+                        of_arch.name(),
+                        hip_clang::variable_for(&name)
+                    );
+                    why = error;
+                }
             }
         }
-        return if known.is_empty() { Err(clang.probe("gfx942").unwrap_err()) } else { Ok(known) };
+        return if known.is_empty() { Err(why) } else { Ok(known) };
     };
-    let archs = names(list);
-    if archs.is_empty() {
+    let names = names(list);
+    if names.is_empty() {
         return Err(format!("QUANTKV_HIP_ARCHS='{list}' names no architecture"));
     }
-    for (index, arch) in archs.iter().enumerate() {
-        if !arch.starts_with("gfx") || archs[..index].contains(arch) {
+    let mut archs = Vec::new();
+    for (index, name) in names.iter().enumerate() {
+        if !name.starts_with("gfx") || names[..index].contains(name) {
             return Err(format!(
-                "QUANTKV_HIP_ARCHS='{list}': architectures are gfx90a, gfx942 and so on, each once, not '{arch}'"
+                "QUANTKV_HIP_ARCHS='{list}': architectures are gfx90a, gfx942 and so on, each once, not '{name}'"
             ));
         }
-        clang.probe(arch)?;
+        let own = hip_clang::find_for(name).transpose()?;
+        own.as_ref().unwrap_or(clang).probe(name)?;
+        archs.push(Arch { name: name.clone(), own });
     }
     Ok(archs)
 }

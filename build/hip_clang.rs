@@ -29,13 +29,8 @@ pub struct Clang {
 /// The first clang of `$QUANTKV_HIP_CLANG` (a program, or words such as `/opt/zig clang`), `$ROCM_PATH`, /opt/rocm and
 /// `$PATH`. One that is named by a variable but does not do is an error, so that no other is taken in silence.
 pub fn find() -> Result<Clang, String> {
-    if let Some(words) = variable("QUANTKV_HIP_CLANG") {
-        let mut words = words.split_whitespace().map(str::to_owned);
-        let name = words.next().unwrap_or_default();
-        let program = if name.contains('/') { Some(PathBuf::from(&name)) } else { in_path(&name) };
-        let program = program.filter(|program| program.is_file());
-        let program = program.ok_or_else(|| format!("QUANTKV_HIP_CLANG={name} is not a file"))?;
-        return Clang::of(program, words.collect());
+    if let Some(clang) = named_by("QUANTKV_HIP_CLANG") {
+        return clang;
     }
     let mut looked = vec!["$QUANTKV_HIP_CLANG (not set)".to_owned()];
     if let Some(rocm) = variable("ROCM_PATH") {
@@ -67,6 +62,29 @@ pub fn find() -> Result<Clang, String> {
          To build or document the API without kernels, set QUANTKV_STUB=1.",
         looked.join(", ")
     ))
+}
+
+/// The clang for one architecture alone, if `$QUANTKV_HIP_CLANG_GFX950` (for gfx950) names one.
+pub fn find_for(arch: &str) -> Option<Result<Clang, String>> {
+    named_by(&variable_for(arch))
+}
+
+/// Names that compiler. Features of an architecture (`gfx942:xnack-`) do not matter.
+pub fn variable_for(arch: &str) -> String {
+    let processor = arch.split(':').next().unwrap_or_default().to_uppercase();
+    format!("QUANTKV_HIP_CLANG_{}", processor.replace(|c: char| !c.is_ascii_alphanumeric(), "_"))
+}
+
+/// The compiler in a variable, if it is set.
+fn named_by(name: &str) -> Option<Result<Clang, String>> {
+    let words = variable(name)?;
+    let mut words = words.split_whitespace().map(str::to_owned);
+    let program = words.next().unwrap_or_default();
+    let path = if program.contains('/') { Some(PathBuf::from(&program)) } else { in_path(&program) };
+    Some(match path.filter(|path| path.is_file()) {
+        Some(path) => Clang::of(path, words.collect()),
+        None => Err(format!("{name}={program} is not a file")),
+    })
 }
 
 fn in_path(program: &str) -> Option<PathBuf> {

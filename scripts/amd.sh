@@ -9,16 +9,18 @@
 #   --order ORDER      of blocks, waves and lanes: forward (default), reverse, or the seed (2, 3, ..) of a shuffle
 #   --target-dir DIR   where cargo builds (default target): what other builds have there, it need not build again
 #   --prepare          only what COMMAND would need
+#   --quick            what must be compiled is not optimized for x86-64: for a run or two
 #
 # clang makes LLVM IR of csrc/hip/*.hip as it does for the device, testing/amd/retarget.rs turns it into IR for x86-64,
 # and testing/amd/{machine,hip}.cpp run it as libamdhip64.so.7 (docs/rocm.md), with testing/amd/rocblas.cpp as its
 # librocblas.so.5. The crate is built as ever, with real code for that architecture; it only finds another runtime. The
-# compiler is QUANTKV_HIP_CLANG, else that of .rocm, else clang-22 to clang-19. QUANTKV_HIP_ARCHS: the library's
-# architectures, if not ARCH alone. With all of them in it, the same test programs serve every ARCH.
+# compiler is QUANTKV_HIP_CLANG, else that of .rocm, else clang-22 to clang-19; for ARCH alone QUANTKV_HIP_CLANG_ARCH
+# (QUANTKV_HIP_CLANG_GFX950), as for the library's code. QUANTKV_HIP_ARCHS: the library's architectures, if not ARCH
+# alone. With all of them in it, the same test programs serve every ARCH.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-arch=gfx942 order=forward cargo_target=${CARGO_TARGET_DIR:-target} self_test=0 prepare_only=0
+arch=gfx942 order=forward cargo_target=${CARGO_TARGET_DIR:-target} self_test=0 prepare_only=0 quick=0
 while [ $# -gt 0 ]; do
     case $1 in
         --arch) arch=$2; shift ;;
@@ -26,8 +28,9 @@ while [ $# -gt 0 ]; do
         --target-dir) cargo_target=$2; shift ;;
         --self-test) self_test=1 ;;
         --prepare) prepare_only=1 ;;
+        --quick) quick=1 ;;
         --) shift; break ;;
-        *) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 2 ;;
+        *) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
     shift
 done
@@ -77,7 +80,8 @@ if [ -z "${QUANTKV_HIP_CLANG:-}" ]; then
 fi
 : "${QUANTKV_HIP_CLANG:?clang 19 or newer is needed, and 22 for gfx950: scripts/get-rocm-clang.sh}"
 export QUANTKV_HIP_CLANG QUANTKV_HIP_ARCHS=${QUANTKV_HIP_ARCHS:-$arch}
-read -r -a clang <<<"$QUANTKV_HIP_CLANG"
+of_arch=QUANTKV_HIP_CLANG_${arch^^}
+read -r -a clang <<<"${!of_arch:-$QUANTKV_HIP_CLANG}"
 program=$(command -v "${clang[0]}")
 
 # Objects of another compiler are made again.
@@ -93,7 +97,7 @@ if [ ${#clang[@]} -gt 1 ] && [ -d "$(dirname "$program")/lib/include" ]; then
     device+=(-isystem "$(dirname "$program")/lib/include")
 fi
 # With AVX2, clang 22.1.8 dies of pairs of f16.
-x86=(--target=x86_64-unknown-linux-gnu -O2 -fPIC -march=x86-64-v2 -mfma -mf16c -Wno-override-module)
+x86=(--target=x86_64-unknown-linux-gnu -O$((quick ? 0 : 2)) -fPIC -march=x86-64-v2 -mfma -mf16c -Wno-override-module)
 retarget() { # a source's name
     local made=$out/$1
     "${clang[@]}" "${device[@]}" "--offload-arch=$arch" -S -emit-llvm -MD -MF "$made.d" "csrc/hip/$1.hip" -o "$made.ll"
@@ -116,15 +120,18 @@ done
 wait
 for object in "${objects[@]}"; do [ -f "$object" ] || { echo "amd.sh: $object was not made" >&2; exit 1; }; done
 
-runtime=$out/libamdhip64.so.7
-shared=("${CXX:-c++}" -std=c++20 -O2 -g -Wall -Wextra -Werror -fPIC -fvisibility=hidden -shared)
-if is_stale "$runtime" "${objects[@]}" testing/amd/{machine.h,machine.cpp,hip.cpp} testing/simt/fiber.*; then
-    "${shared[@]}" -Wl,-soname,libamdhip64.so.7 \
+runtime=$out/libamdhip64.so.7 machinery=$out/machinery.o
+flags=(-std=c++20 -O2 -g -Wall -Wextra -Werror -fPIC -fvisibility=hidden)
+if is_stale "$machinery" testing/amd/{machine.h,machine.cpp,hip.cpp} testing/simt/fiber.* scripts/amd.sh; then
+    "${CXX:-c++}" "${flags[@]}" -r -nostdlib \
         -DQUANTKV_AMD_WAVE=$wave -DQUANTKV_AMD_FNUZ=$fnuz -DQUANTKV_AMD_MACHINE=$machine "-DQUANTKV_AMD_ARCH=\"$arch\"" \
-        testing/amd/{machine,hip}.cpp testing/simt/fiber.cpp "${objects[@]}" -o "$runtime"
+        testing/amd/{machine,hip}.cpp testing/simt/fiber.cpp -o "$machinery"
+fi
+if is_stale "$runtime" "${objects[@]}" "$machinery"; then
+    "${CXX:-c++}" -shared -Wl,-soname,libamdhip64.so.7 "$machinery" "${objects[@]}" -o "$runtime"
 fi
 if is_stale "$out/librocblas.so.5" "$runtime" testing/amd/rocblas.cpp; then
-    "${shared[@]}" -Wl,-soname,librocblas.so.5 testing/amd/rocblas.cpp "$runtime" -o "$out/librocblas.so.5"
+    "${CXX:-c++}" "${flags[@]}" -shared -Wl,-soname,librocblas.so.5 testing/amd/rocblas.cpp "$runtime" -o "$out/librocblas.so.5"
 fi
 [ $prepare_only = 0 ] || exit 0
 

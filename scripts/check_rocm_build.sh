@@ -4,7 +4,8 @@
 #
 #   scripts/check_rocm_build.sh [messages | kernels]...     both by default
 #
-# The compiler is QUANTKV_HIP_CLANG, else the one that scripts/get-rocm-clang.sh --zig installs: it knows all five.
+# The compiler is QUANTKV_HIP_CLANG (and QUANTKV_HIP_CLANG_GFX950 for that one), else the one that scripts/get-rocm-clang.sh
+# --zig installs: it knows all five.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export CARGO_TERM_COLOR=never
@@ -46,8 +47,8 @@ HIP
     says() { # fail|pass words variables...
         local want=$1 words=$2 output got=pass
         shift 2
-        output=$(cd "$crate" && env -u ROCM_PATH -u QUANTKV_HIP_CLANG -u QUANTKV_HIP_ARCHS -u QUANTKV_OBJECT_DIR \
-            -u QUANTKV_STUB PATH="$path" CARGO_TARGET_DIR="$OLDPWD/target/messages" "$@" \
+        output=$(cd "$crate" && env -u ROCM_PATH -u QUANTKV_HIP_CLANG -u QUANTKV_HIP_CLANG_GFX950 -u QUANTKV_HIP_ARCHS \
+            -u QUANTKV_OBJECT_DIR -u QUANTKV_STUB PATH="$path" CARGO_TARGET_DIR="$OLDPWD/target/messages" "$@" \
             cargo check --locked --lib --no-default-features --features rocm 2>&1) || got=fail
         [ $got = "$want" ] || fail "with $*: expected to $want, and:"$'\n'"$output"
         grep -q -- "$words" <<<"$output" || fail "with $*: '$words' is not said in:"$'\n'"$output"
@@ -73,6 +74,10 @@ HIP
     says fail 'does not compile for gfx9999' QUANTKV_HIP_CLANG="$clang" QUANTKV_HIP_ARCHS=gfx942,gfx9999
     says fail "each once, not '90a'" QUANTKV_HIP_CLANG="$clang" QUANTKV_HIP_ARCHS=90a
     says fail "each once, not 'gfx942'" QUANTKV_HIP_CLANG="$clang" QUANTKV_HIP_ARCHS=gfx942,gfx942
+    says fail 'QUANTKV_HIP_CLANG_GFX942=/nowhere/clang is not a file' QUANTKV_HIP_CLANG="$clang" QUANTKV_HIP_ARCHS=gfx942 \
+        QUANTKV_HIP_CLANG_GFX942=/nowhere/clang
+    says fail 'plain was built without the amdgcn target' QUANTKV_HIP_CLANG="$clang" QUANTKV_HIP_CLANG_GFX90A="$crate/plain"
+    says pass 'Finished' QUANTKV_HIP_CLANG="$clang" QUANTKV_HIP_ARCHS=gfx942 QUANTKV_HIP_CLANG_GFX90A=/nowhere/clang
     says fail "names no architecture" QUANTKV_HIP_CLANG="$clang" QUANTKV_HIP_ARCHS=,
     says fail "QUANTKV_STUB is 1 or 0, not 'yes'" QUANTKV_STUB=yes
     says pass 'Finished' QUANTKV_STUB=1
@@ -82,6 +87,11 @@ HIP
         # Of the default list, what the compiler does not know is left out, and that is said.
         says pass 'does not compile for gfx950: the library will have no kernels for it' QUANTKV_HIP_CLANG="$(command -v clang-19)"
         says fail 'does not compile for gfx950' QUANTKV_HIP_CLANG="$(command -v clang-19)" QUANTKV_HIP_ARCHS=gfx950
+        # With a compiler of its own it is there.
+        if [ -x .rocm/ziglang/zig ]; then
+            says pass 'Finished' QUANTKV_HIP_CLANG="$(command -v clang-19)" QUANTKV_HIP_CLANG_GFX950="$PWD/.rocm/ziglang/zig clang" \
+                QUANTKV_HIP_ARCHS="gfx942 gfx950"
+        fi
     fi
     echo 'wrong' >"$crate/csrc/hip/small.hip"
     says fail 'csrc/hip/small.hip:1:1: error' QUANTKV_HIP_CLANG="$clang" QUANTKV_HIP_ARCHS=gfx942
@@ -90,8 +100,9 @@ HIP
 # What became of the kernels.
 kernels() {
     local out
+    # The library that the tests are linked with, so that it is built once for both.
     out=$(QUANTKV_HIP_CLANG=$clang QUANTKV_HIP_ARCHS=${QUANTKV_HIP_ARCHS:-$all_archs} \
-        cargo build --locked --lib --features rocm --message-format=json-render-diagnostics | python3 -c '
+        cargo check --locked --test rocm --features rocm --message-format=json-render-diagnostics | python3 -c '
 import json, sys
 for message in map(json.loads, sys.stdin):
     if message["reason"] == "build-script-executed" and "quantkv" in message["package_id"]:

@@ -63,7 +63,7 @@ if [ $mode = self-test ] || [ $mode = known ]; then
         "${rust[@]}" --test testing/isa/lib.rs -o "$target/tests"
     fi
     if [ $mode = self-test ]; then exec "$target/tests"; fi
-    QUANTKV_ISA_OBJECTS=${QUANTKV_ISA_OBJECTS:-$cargo_target/debug/build} exec "$target/tests" --ignored --nocapture
+    QUANTKV_ISA_OBJECTS=${QUANTKV_ISA_OBJECTS:-${QUANTKV_OBJECT_DIR:-$cargo_target/debug/build}} exec "$target/tests" --ignored --nocapture
 fi
 if is_stale "$target/libquantkv_isa.a" testing/isa/*.rs; then
     "${rust[@]}" --crate-type staticlib testing/isa/lib.rs -o "$target/libquantkv_isa.a"

@@ -328,6 +328,33 @@ fn poison_follows_the_last_token() {
     }
 }
 
+/// Every cache that 16-bit products are for, head dims up to each size of the kernels and rows that they cannot read by
+/// whole quads, scales by head and by channel, tokens around a tile of 64 and in several pieces.
+#[test]
+fn every_cache_of_tensor_cores() {
+    use KvFormat::{BF16, F16, Fp8E4M3, Fp8E4M3Fnuz, Fp8E5M2};
+    let caches = [
+        (DType::F16, Fp8E4M3, ScaleKind::Tensor),
+        (DType::F16, Fp8E4M3Fnuz, ScaleKind::Head),
+        (DType::BF16, Fp8E5M2, ScaleKind::Channel),
+        (DType::BF16, Fp8E4M3, ScaleKind::Head),
+        (DType::F16, F16, ScaleKind::Tensor),
+        (DType::BF16, BF16, ScaleKind::Tensor),
+    ];
+    for (dtype, format, scale) in caches {
+        for (k_dim, v_dim, sequences) in [
+            (37, 21, vec![(62, 3), (0, 5)]),
+            (64, 64, vec![(700, 1), (0, 20), (64, 1)]),
+            (128, 96, vec![(129, 2), (63, 1)]),
+            (256, 256, vec![(70, 6)]),
+        ] {
+            let geometry = Geometry { v_dim, ..Geometry::plain(CacheLayout::Nhd, (2, k_dim), (16, 50), format) };
+            let parameters = Parameters { dtype, scales: (scale, scale), ..simple(geometry, 3, sequences) };
+            check_all(&build(&parameters), (dtype, format, scale, k_dim));
+        }
+    }
+}
+
 /// Prefill in one piece, soft cap 50 and windows, as vLLM's unified-attention tests: (4, 4), (8, 2)
 /// and (5, 1) heads.
 #[test]

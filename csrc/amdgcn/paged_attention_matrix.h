@@ -58,29 +58,38 @@ QKV_DEVICE void find_matrix_tokens(const AttentionParams &params, const Piece &p
 template <class T, int kDim>
 QKV_DEVICE void load_matrix_tile(const quantkv_half &half, const int64_t *rows, MatrixShared<kDim> &shared) {
   constexpr int quads_of_row = kDim / 4;
-  const bool quads = has_quads(half);
   dispatch_format(format_of(half), [&](auto tag) {
     constexpr Format F = decltype(tag)::value;
     if constexpr (is_quantized(F) || F == FormatOf<T>::value) {
-      QKV_UNROLL
-      for (int i = 0; i < kMatrixTokens * quads_of_row / kMatrixThreads; i++) {
+      const auto load = [&](int i, auto take) {
         const int quad = i * kMatrixThreads + thread_index(), token = quad / quads_of_row, channel = quad % quads_of_row * 4;
         const int64_t row = rows[token];
         float x[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (row >= 0 && channel < half.head_dim) {
-          if (quads) {
-            load_quad<F>(half.codes, row + channel_index(half, channel), x);
-          } else {
-            QKV_UNROLL
-            for (int j = 0; j < 4; j++) {
-              if (channel + j < half.head_dim) x[j] = load_element<F>(half.codes, row + channel_index(half, channel + j));
-            }
-          }
-        }
+        if (row >= 0 && channel < half.head_dim) take(row, channel, x);
         const bool is_f16 = FormatOf<T>::value == Format::F16;
         const Words<2> words = {{is_f16 ? pack_f16(x[0], x[1]) : pack_bf16(x[0], x[1]),
                                  is_f16 ? pack_f16(x[2], x[3]) : pack_bf16(x[2], x[3])}};
         *reinterpret_cast<Words<2> *>(&shared.tile[token * MatrixShared<kDim>::kStride + channel]) = words;
+      };
+      constexpr int count = kMatrixTokens * quads_of_row / kMatrixThreads;
+      if (has_quads(half)) {
+        QKV_UNROLL
+        for (int i = 0; i < count; i++) {
+          load(i, [&](int64_t row, int channel, float (&x)[4]) {
+            load_quad<F>(half.codes, row + channel_index(half, channel), x);
+          });
+        }
+      } else {
+        // Strided or odd caches are rare: unrolled, this would be most of the kernel.
+        QKV_NO_UNROLL
+        for (int i = 0; i < count; i++) {
+          load(i, [&](int64_t row, int channel, float (&x)[4]) {
+            QKV_UNROLL
+            for (int j = 0; j < 4; j++) {
+              if (channel + j < half.head_dim) x[j] = load_element<F>(half.codes, row + channel_index(half, channel + j));
+            }
+          });
+        }
       }
     }
   });

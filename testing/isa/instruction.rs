@@ -126,6 +126,8 @@ pub struct Operation {
 pub enum Role {
     Ordinary,
     Branch,
+    /// To the address in a register pair: how LLVM writes a branch too far for 16 bits.
+    Jump,
     End,
     /// Both halves of a barrier at once, or one of them (gfx12).
     Barrier,
@@ -139,6 +141,7 @@ fn role(mnemonic: &str) -> Role {
         "s_barrier" => Role::Barrier,
         "s_barrier_signal" => Role::Signal,
         "s_barrier_wait" => Role::Wait,
+        "s_setpc_b64" => Role::Jump,
         _ if scalar::is_branch(mnemonic) => Role::Branch,
         _ => Role::Ordinary,
     }

@@ -244,6 +244,10 @@ impl Launch<'_> {
                 wave.pc = if taken { instruction.target } else { next };
                 return Ok(());
             }
+            Role::Jump => {
+                wave.pc = self.jump_target(instruction, wave)?;
+                return Ok(());
+            }
             Role::End => wave.state = State::Ended,
             Role::Barrier => {
                 arrive(wave)?;
@@ -266,6 +270,19 @@ impl Launch<'_> {
         }
         wave.pc = next;
         Ok(())
+    }
+
+    /// An address of the code object, as `s_getpc_b64` gives it, where an instruction of this kernel begins.
+    fn jump_target(&self, instruction: &Instruction, wave: &Wave) -> Result<u64, String> {
+        let Operand::Scalar(register) = Context::operand(&instruction.first, 0)?.operand else {
+            return Err("the address of a jump is in no scalar registers".into());
+        };
+        let address = wave.scalar(register, 2)?;
+        if address.undefined != 0 {
+            return Err("the address of a jump is undefined".into());
+        }
+        self.program.place(address.value)?;
+        Ok(address.value)
     }
 }
 

@@ -63,8 +63,8 @@ impl Program {
 
     /// The place of the instruction at an address.
     pub fn place(&self, address: u64) -> Result<usize, String> {
-        let index = address.wrapping_sub(self.info.descriptor.entry) / 4;
-        let place = self.places.get(index as usize).copied().flatten();
+        let distance = address.wrapping_sub(self.info.descriptor.entry);
+        let place = self.places.get((distance / 4) as usize).copied().flatten().filter(|_| distance % 4 == 0);
         place.map(|place| place as usize).ok_or_else(|| format!("no instruction begins at {address:#x}"))
     }
 

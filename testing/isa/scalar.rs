@@ -190,6 +190,9 @@ pub fn find(mnemonic: &str) -> Option<Handler> {
     let handler: Handler = match mnemonic {
         "s_mov_b32" => |c, i| keep(c, i, 1, |a| a),
         "s_mov_b64" => |c, i| keep(c, i, 2, |a| a),
+        // The address after it, in the code object: `Wave::pc` is that of the instruction being done.
+        "s_getpc_b64" => |c, i| c.set_scalar(i, 0, Word::of(c.wave.pc + 4), 2),
+        "s_setpc_b64" => |_, _| Ok(()), // launch.rs does it
         "s_not_b32" => |c, i| one_logic(c, i, 1),
         "s_not_b64" => |c, i| one_logic(c, i, 2),
         "s_brev_b32" => |c, i| keep(c, i, 1, |a| (a as u32).reverse_bits().into()),

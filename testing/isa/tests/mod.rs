@@ -3,6 +3,7 @@
 
 mod arithmetic;
 mod faults;
+mod jumps;
 mod lanes;
 mod matrices;
 mod memory;
@@ -61,7 +62,7 @@ fn program_at(arch: &str, disassembly: &str, number: usize) -> Program {
             properties: 1 << 3,
         },
         arguments: (0..8).map(|at| Argument { offset: 8 * at, bytes: 8, kind: "by_value".into() }).collect(),
-        end: entry + 0x4000,
+        end: entry + 16 * (1 + code.lines().take_while(|line| !line.is_empty()).count() as u64), // at most that long each
         vector_registers: 128,
         accumulators: 32,
         wave: target.wave,
