@@ -8,10 +8,11 @@
 //! WMMA gfx11   j, both halves alike      the same                 2 r + g
 //! WMMA gfx12   j + 8 g                   the same                 8 g + r
 //! ```
-//! Sums are taken in f64 and rounded once; in which order the hardware sums is not documented.
+//! Sums are taken in f64 and rounded once; in which order the hardware sums is not documented. gfx90a takes subnormal f16
+//! and bf16 for zero, and gives no subnormal f32 (rocBLAS's documentation, "MI200 (gfx90a) Considerations").
 
 use crate::context::{Context, Kind};
-use crate::float::{BF16, E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, F16, Narrow};
+use crate::float::{BF16, E4M3, E4M3_FNUZ, E5M2, E5M2_FNUZ, F16, Narrow, flush};
 use crate::handlers::Handler;
 use crate::instruction::{Operand, Operation};
 use crate::wave::{Step, Value};
@@ -63,6 +64,7 @@ fn multiply(c: &mut Context, i: &Operation) -> Step {
     let (columns, width) = (shape.columns, c.wave.width);
     let groups = width / columns;
     let per_lane = if replicated { shape.depth } else { shape.depth / groups };
+    let flushes = c.target.name == "gfx90a";
     let mut matrices = Vec::new();
     for (index, format) in shape.formats.iter().enumerate() {
         let bits = 1 + format.exponent_bits + format.mantissa_bits;
@@ -78,7 +80,8 @@ fn multiply(c: &mut Context, i: &Operation) -> Step {
                     let group = if replicated { 0 } else { lane / columns };
                     let k = group * per_lane + register * per_register + part;
                     let code = value.lanes[lane] >> (bits as usize * part) & ((1u64 << bits) - 1) as u32;
-                    matrix[lane % columns][k] = format.widen(code);
+                    let zero = flushes && code >> format.mantissa_bits & ((1 << format.exponent_bits) - 1) == 0;
+                    matrix[lane % columns][k] = if zero { 0.0 } else { format.widen(code) };
                 }
             }
         }
@@ -100,7 +103,8 @@ fn multiply(c: &mut Context, i: &Operation) -> Step {
             };
             let (a, b) = (&matrices[0][row], &matrices[1][lane % columns]);
             let sum = a.iter().zip(b).fold(f64::from(f32::from_bits(value.lanes[lane])), |sum, (x, y)| sum + x * y);
-            value.lanes[lane] = (sum as f32).to_bits();
+            let sum = if flushes { flush(sum as f32) } else { sum as f32 };
+            value.lanes[lane] = sum.to_bits();
         }
         results.push(value);
     }
