@@ -4,6 +4,7 @@
 //! (the command, written before it ran). An object is fresh while its command is the same and nothing it was
 //! made from is newer than the start of that command. A lock keeps two builds from sharing a folder at once.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -112,11 +113,23 @@ pub fn parse_dependencies(rule: &str) -> Vec<PathBuf> {
 
 /// Compiles all sources, `jobs` at a time, and answers their objects. Every failure is reported, not just the first.
 pub fn compile(compiler: &Compiler, sources: &[PathBuf], jobs: usize) -> Result<Vec<PathBuf>, String> {
-    let file = compiler.folder.join("lock");
-    let lock = fs::File::create(&file).and_then(|lock| lock.lock().map(|()| lock));
-    let _lock = lock.map_err(|error| format!("{}: {error}", file.display()))?;
-    let object = |source: &PathBuf| compiler.folder.join(source.file_name().unwrap_or_default()).with_extension("o");
-    let all: Vec<Job> = sources.iter().map(|source| Job { compiler, source, object: object(source) }).collect();
+    Ok(compile_by_each(std::slice::from_ref(compiler), sources, jobs)?.remove(0))
+}
+
+/// All sources by each of several compilers, and the objects of each. In one queue: nobody waits for one's last source
+/// before another begins.
+pub fn compile_by_each(compilers: &[Compiler], sources: &[PathBuf], jobs: usize) -> Result<Vec<Vec<PathBuf>>, String> {
+    // In one order everywhere, or two builds might wait for each other.
+    let folders: BTreeSet<&PathBuf> = compilers.iter().map(|compiler| &compiler.folder).collect();
+    let mut locks = Vec::new();
+    for folder in folders {
+        let file = folder.join("lock");
+        let lock = fs::File::create(&file).and_then(|lock| lock.lock().map(|()| lock));
+        locks.push(lock.map_err(|error| format!("{}: {error}", file.display()))?);
+    }
+    let job = |compiler, source| Job { compiler, source, object: object_of(compiler, source) };
+    let all: Vec<Job> =
+        compilers.iter().flat_map(|compiler| sources.iter().map(move |source| job(compiler, source))).collect();
     let next = AtomicUsize::new(0);
     let failures = Mutex::new(Vec::new());
     std::thread::scope(|scope| {
@@ -131,7 +144,15 @@ pub fn compile(compiler: &Compiler, sources: &[PathBuf], jobs: usize) -> Result<
         }
     });
     let failures = failures.into_inner().expect("no holder panics");
-    if failures.is_empty() { Ok(all.into_iter().map(|job| job.object).collect()) } else { Err(failures.join("\n")) }
+    if !failures.is_empty() {
+        return Err(failures.join("\n"));
+    }
+    let mut objects = all.into_iter().map(|job| job.object);
+    Ok(compilers.iter().map(|_| objects.by_ref().take(sources.len()).collect()).collect())
+}
+
+fn object_of(compiler: &Compiler, source: &Path) -> PathBuf {
+    compiler.folder.join(source.file_name().unwrap_or_default()).with_extension("o")
 }
 
 /// Puts the objects in a static library and links the crate with it.

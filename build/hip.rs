@@ -45,16 +45,14 @@ pub fn build() -> Result<(), String> {
         }
     }
     let with_kernels: Vec<PathBuf> = kernels.iter().map(|(source, _)| source.clone()).collect();
-    let mut code_objects = Vec::new();
-    for Arch { name, own } in &archs {
-        let compiler = device_compiler(own.as_ref().unwrap_or(&clang), name)?;
-        code_objects.push((name, compile::compile(&compiler, &with_kernels, jobs())?));
-    }
+    let compilers = archs.iter().map(|arch| device_compiler(arch.own.as_ref().unwrap_or(&clang), &arch.name));
+    let compilers = compilers.collect::<Result<Vec<_>, _>>()?;
+    let code_objects = compile::compile_by_each(&compilers, &with_kernels, jobs())?;
     let assembler = host_compiler(&clang, &target, Half::Assembly)?;
     let mut embedded = Vec::new();
     for (index, (_, symbol)) in kernels.iter().enumerate() {
         let parts: Vec<(&str, &Path)> =
-            code_objects.iter().map(|(arch, objects)| (arch.as_str(), objects[index].as_path())).collect();
+            archs.iter().zip(&code_objects).map(|(arch, of)| (arch.name.as_str(), of[index].as_path())).collect();
         embedded.push(embed(symbol, &bundle(&target, &parts)?, &assembler.folder)?);
     }
     objects.extend(compile::compile(&assembler, &embedded, jobs())?);

@@ -99,15 +99,19 @@ fi
 # With AVX2, clang 22.1.8 dies of pairs of f16.
 x86=(--target=x86_64-unknown-linux-gnu -O$((quick ? 0 : 2)) -fPIC -march=x86-64-v2 -mfma -mf16c -Wno-override-module)
 retarget() { # a source's name
-    local made=$out/$1
-    "${clang[@]}" "${device[@]}" "--offload-arch=$arch" -S -emit-llvm -MD -MF "$made.d" "csrc/hip/$1.hip" -o "$made.ll"
+    local made=$out/$1 depends
+    # The front end's own flags: zig's driver takes -MF and writes nothing.
+    depends=(-Xclang -dependency-file -Xclang "$out/$1.d" -Xclang -MT -Xclang "$out/$1.o")
+    "${clang[@]}" "${device[@]}" "--offload-arch=$arch" -S -emit-llvm "${depends[@]}" "csrc/hip/$1.hip" -o "$made.ll"
     "$target/retarget" "$arch" "$made.ll" "$made.x86.ll"
     "${clang[@]}" "${x86[@]}" -c "$made.x86.ll" -o "$made.o"
 }
 objects=() running=0
-for source in $(grep -l '^#define QKV_CODE_OBJECT' csrc/hip/*.hip); do
+# The largest are last in the alphabet: they are begun first.
+for source in $(grep -l '^#define QKV_CODE_OBJECT' csrc/hip/*.hip | sort -r); do
     name=$(basename "$source" .hip)
     objects+=("$out/$name.o")
+    if [ ! -f "$out/$name.d" ]; then rm -f "$out/$name.o"; fi
     dependencies=()
     [ ! -f "$out/$name.d" ] || read -r -a dependencies <<<"$(sed 's/^[^:]*://; s/\\$//' "$out/$name.d" | tr '\n' ' ')"
     if is_stale "$out/$name.o" "$source" "$target/retarget" scripts/amd.sh "${dependencies[@]}"; then

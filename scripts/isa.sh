@@ -84,7 +84,7 @@ if [ $mode = command ]; then exec "$@"; fi
 tests=(parity_cache_write parity_convert parity_copies parity_attention decoder_ops cache block_copies hostile_data)
 left_out=(large_writes large_conversions large_moves every_16_bit_pattern vllm_swap_256 vllm_prefill vllm_decode
     poison_follows long_sequences results_do_not_depend every_length_around)
-export QUANTKV_TEST_DEVICES=rocm PROPTEST_CASES=${PROPTEST_CASES:-100} PROPTEST_RNG_SEED=${PROPTEST_RNG_SEED:-81}
+export QUANTKV_TEST_DEVICES=rocm PROPTEST_CASES=${PROPTEST_CASES:-50} PROPTEST_RNG_SEED=${PROPTEST_RNG_SEED:-81}
 
 cargo_tests=()
 for test in "${tests[@]}"; do cargo_tests+=(--test "$test"); done

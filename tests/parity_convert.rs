@@ -123,6 +123,27 @@ proptest! {
     }
 }
 
+/// More tokens than the blocks of a grid take at once: each goes on to further ones, and none is left out.
+#[test]
+fn maxima_of_more_tokens_than_a_grid_takes() {
+    let shape = (8192 + 70, 1, 3);
+    for largest in [8191, shape.0 - 1] {
+        let mut rows = strategy::rows(shape, (0, 0, 0), DType::F32, || 0.25);
+        rows.data[3 * largest + 1] = -7.0;
+        for device in devices() {
+            let got = on_device!(&device, |backend| run::absmax(
+                backend,
+                &rows,
+                DType::F32,
+                shape,
+                Granularity::Channel,
+                &[0.0; 3]
+            ));
+            assert_eq!(got.unwrap(), [0.25, 7.0, 0.25], "token {largest} on {device}");
+        }
+    }
+}
+
 /// vLLM's first-batch rule: K / 200, V / 100, and 1.0 where nothing but zeros (or NaN) was seen.
 #[test]
 fn first_batch_scales() {
