@@ -11,6 +11,9 @@ cd "$(dirname "$0")/.."
 export CARGO_TERM_COLOR=never
 all_archs="gfx90a gfx942 gfx950 gfx1100 gfx1201"
 clang=${QUANTKV_HIP_CLANG:-$PWD/.rocm/ziglang/zig clang}
+# By its path: `messages` hides what PATH has.
+read -r program words <<<"$clang"
+clang=$(type -P "$program" || echo "$program")${words:+ $words}
 
 fail() { echo "check_rocm_build: $*" >&2; exit 1; }
 
@@ -101,7 +104,7 @@ HIP
 kernels() {
     local out
     # The library that the tests are linked with, so that it is built once for both.
-    out=$(QUANTKV_HIP_CLANG=$clang QUANTKV_HIP_ARCHS=${QUANTKV_HIP_ARCHS:-$all_archs} \
+    out=$(QUANTKV_HIP_CLANG=${QUANTKV_HIP_CLANG:-$clang} QUANTKV_HIP_ARCHS=${QUANTKV_HIP_ARCHS:-$all_archs} \
         cargo check --locked --test rocm --features rocm --message-format=json-render-diagnostics | python3 -c '
 import json, sys
 for message in map(json.loads, sys.stdin):
