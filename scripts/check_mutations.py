@@ -4,8 +4,9 @@
     scripts/simt.sh [--sanitize] -- scripts/check_mutations.py [--list] [--some] [WORD ..]
 
 testing/mutations.toml lists them: a text that occurs once in a file, what it becomes, and the tests that must
-fail; `capability`: on a device of that one; `multiprocessors`: of so many. Those marked `sanitize` only show to AddressSanitizer and are for --sanitize; the others run without. WORDs choose
-by a part of the name; --some (CI) takes those marked `ci`, and plants a bug of decode in one format's kernels. A test is run in several orders until it fails.
+fail; `capability`: on a device of that one; `multiprocessors`: of so many. Those marked `sanitize` only show to
+AddressSanitizer and are for --sanitize; the others run without. WORDs choose by a part of the name; --some (CI) takes
+those marked `ci`, and plants a bug of decode in one format's kernels. A test is run in several orders until it fails.
 
 The tests are built once. For a mutation, the kernel sources are copied, changed and compiled by the commands that the
 build left beside its objects; the changed library stands before the right one on the loader's path.
