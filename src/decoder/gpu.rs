@@ -3,10 +3,12 @@
 
 use std::ffi::c_void;
 
+use super::bindings::quantkv_decoder_linear;
 use crate::backend::Backend;
 use crate::error::{Error, Result};
-use crate::format::{DType, Pod};
+use crate::format::{DType, Element, Pod};
 use crate::layout::checked_product;
+use crate::raw::abi::activation;
 
 /// A weight matrix `[rows, cols]` on the device, as stored in the checkpoint.
 #[derive(Debug)]
@@ -48,6 +50,33 @@ pub(super) trait DeviceBuffers: Backend {
 /// Sizes were multiplied to a buffer's length, so each fits; one that was multiplied by zero is not looked at.
 pub(super) fn size(n: usize) -> i64 {
     i64::try_from(n).unwrap_or(i64::MAX)
+}
+
+/// `out = x · weightᵀ + bias` for `rows` rows, checked. `O` is `A` or f32.
+pub(super) fn linear_op<G: DeviceBuffers, A: Element, O: Element>(
+    backend: &G,
+    x: &G::Buffer<A>,
+    rows: usize,
+    weight: &DeviceMatrix<G::Buffer<u8>>,
+    bias: Option<&G::Buffer<A>>,
+    out: &mut G::Buffer<O>,
+) -> Result<quantkv_decoder_linear> {
+    let (outputs, inputs) = (weight.rows, weight.cols);
+    Ok(quantkv_decoder_linear {
+        x: backend.read("linear input", x, &[rows, inputs])?,
+        weight: backend.read("weights", &weight.data, &[outputs, inputs, weight.dtype.bytes()])?,
+        bias: match bias {
+            Some(bias) => backend.read("linear bias", bias, &[outputs])?,
+            None => std::ptr::null(),
+        },
+        out: backend.write("linear output", out, &[rows, outputs])?,
+        rows: size(rows),
+        inputs: size(inputs),
+        outputs: size(outputs),
+        activation: activation(A::DTYPE),
+        weight_format: activation(weight.dtype),
+        output: activation(O::DTYPE),
+    })
 }
 
 /// Enqueues one kernel of `quantkv_decoder.h`, a function of `$library`; in a build without kernels, says so.

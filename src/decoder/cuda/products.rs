@@ -22,10 +22,9 @@ use super::weights::CudaMatrix;
 use crate::Backend;
 use crate::cuda::{CUDA, CudaBackend, CudaBuffer, driver};
 use crate::decoder::bindings::*;
-use crate::decoder::gpu::{DeviceBuffers, size};
+use crate::decoder::gpu::linear_op;
 use crate::error::{Error, Result};
 use crate::format::{DType, Element};
-use crate::raw::abi::activation;
 
 /// What NVIDIA's documentation recommends for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
@@ -123,21 +122,7 @@ pub(super) fn linear<A: Element, O: Element>(
     out: &mut CudaBuffer<O>,
 ) -> Result<()> {
     let (outputs, inputs) = (weight.rows, weight.cols);
-    let op = quantkv_decoder_linear {
-        x: backend.read("linear input", x, &[rows, inputs])?,
-        weight: backend.read("weights", &weight.data, &[outputs, inputs, weight.dtype.bytes()])?,
-        bias: match bias {
-            Some(bias) => backend.read("linear bias", bias, &[outputs])?,
-            None => std::ptr::null(),
-        },
-        out: backend.write("linear output", out, &[rows, outputs])?,
-        rows: size(rows),
-        inputs: size(inputs),
-        outputs: size(outputs),
-        activation: activation(A::DTYPE),
-        weight_format: activation(weight.dtype),
-        output: activation(O::DTYPE),
-    };
+    let op = linear_op(backend, x, rows, weight, bias, out)?;
     if rows == 0 || inputs == 0 || outputs == 0 {
         return enqueue!(backend, quantkv_cuda_decoder_linear, op);
     }

@@ -17,10 +17,9 @@ use super::{Products, RocmMatrix, enqueue};
 use super::{quantkv_hip_decoder_gather_rows, quantkv_hip_decoder_linear};
 use crate::Backend;
 use crate::decoder::bindings::*;
-use crate::decoder::gpu::{DeviceBuffers, size};
+use crate::decoder::gpu::{DeviceBuffers, linear_op};
 use crate::error::Result;
 use crate::format::{DType, Element};
-use crate::raw::abi::activation;
 use crate::rocm::{RocmBackend, RocmBuffer};
 
 /// The matrix library, from the first product on.
@@ -61,21 +60,7 @@ pub(super) fn linear<A: Element, O: Element>(
     out: &mut RocmBuffer<O>,
 ) -> Result<()> {
     let (outputs, inputs) = (weight.rows, weight.cols);
-    let op = quantkv_decoder_linear {
-        x: backend.read("linear input", x, &[rows, inputs])?,
-        weight: backend.read("weights", &weight.data, &[outputs, inputs, weight.dtype.bytes()])?,
-        bias: match bias {
-            Some(bias) => backend.read("linear bias", bias, &[outputs])?,
-            None => std::ptr::null(),
-        },
-        out: backend.write("linear output", out, &[rows, outputs])?,
-        rows: size(rows),
-        inputs: size(inputs),
-        outputs: size(outputs),
-        activation: activation(A::DTYPE),
-        weight_format: activation(weight.dtype),
-        output: activation(O::DTYPE),
-    };
+    let op = linear_op(backend, x, rows, weight, bias, out)?;
     // A bias is copied to the output's rows: of its own type.
     let as_stored = weight.dtype == A::DTYPE && (bias.is_none() || O::DTYPE == A::DTYPE);
     if as_stored && rows > 0 && inputs > 0 && outputs > 0 && by_library(backend, A::DTYPE, O::DTYPE, &op)? {
