@@ -1,13 +1,16 @@
 //! Which architectures the kernels are compiled for.
 //!
 //! A list as of `QUANTKV_CUDA_ARCHS` has words like `80` (code for sm_80 and its minor successors), `90a` (code
-//! that may use what only sm_90 has) and `compute_90` (PTX: the driver compiles it for sm_90 and anything newer
+//! that may use what only sm_90 has) and `compute_100` (PTX: the driver compiles it for sm_100 and anything newer
 //! that the list has no code for).
 
 use std::fmt;
 
-/// Everything an nvcc 13 can run on; older ones know a part. The PTX is for what comes after.
-pub const DEFAULT: &str = "75 80 89 90a 100a 120a compute_90";
+/// Everything an nvcc 13 can run on. The PTX is for what comes after, and between.
+pub const DEFAULT: &str = "75 80 89 90a 100 120 compute_100";
+
+/// The same for an nvcc older than 12.8, which does not know sm_100.
+pub const DEFAULT_UP_TO_90: &str = "75 80 89 90a compute_90";
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Arch {
@@ -43,20 +46,36 @@ impl Arch {
         };
         (digits.starts_with(|c: char| c.is_ascii_digit()) && number >= 10).then_some(Arch { number, suffix, ptx })
     }
+}
 
-    /// The flag of nvcc that adds this code to the object.
-    pub fn flag(&self) -> String {
-        let virtual_arch = format!("compute_{}{}", self.number, self.suffix);
-        let code = if self.ptx { virtual_arch.clone() } else { format!("sm_{}{}", self.number, self.suffix) };
-        format!("-gencode=arch={virtual_arch},code={code}")
+/// The flags of nvcc that put this code into the object.
+///
+/// The compiler's first half runs once for each virtual architecture, and takes more than half of the time. The sources
+/// tell sm_100 and what is newer apart no further (core/platform.h), so those share the oldest of theirs.
+pub fn flags(archs: &[Arch]) -> Vec<String> {
+    let common = archs.iter().filter(|arch| arch.suffix.is_empty() && arch.number >= 100).map(|arch| arch.number).min();
+    let mut groups: Vec<(String, Vec<String>)> = Vec::new();
+    for arch in archs {
+        let own = format!("{}{}", arch.number, arch.suffix);
+        let of = match common {
+            Some(common) if !arch.ptx && arch.suffix.is_empty() && arch.number >= 100 => common.to_string(),
+            _ => own.clone(),
+        };
+        let code = if arch.ptx { format!("compute_{own}") } else { format!("sm_{own}") };
+        match groups.iter_mut().find(|(number, _)| *number == of) {
+            Some((_, codes)) => codes.push(code),
+            None => groups.push((of, vec![code])),
+        }
     }
+    let flag = |(of, codes): &(String, Vec<String>)| format!("-gencode=arch=compute_{of},code=[{}]", codes.join(","));
+    groups.iter().map(flag).collect()
 }
 
 /// What to compile for, given what the user wants and what nvcc has. `known` holds base numbers: 75, 80, ...
 ///
 /// `QUANTKV_CUDA_ARCHS` (`list`) is taken as it is. `CUDA_COMPUTE_CAP` (`capability`) names the one device to
-/// run on, so from sm_90 on its own instructions are allowed. With neither, [`DEFAULT`] without what this nvcc
-/// does not know.
+/// run on, so from sm_90 on its own instructions are allowed. With neither, the default without what this nvcc does
+/// not know.
 pub fn choose(list: Option<&str>, capability: Option<&str>, known: &[u32]) -> Result<Vec<Arch>, String> {
     let words = |text: &str| -> Vec<String> {
         text.split([',', ';', ' ']).filter(|word| !word.is_empty()).map(str::to_owned).collect()
@@ -86,7 +105,8 @@ pub fn choose(list: Option<&str>, capability: Option<&str>, known: &[u32]) -> Re
         }
         archs.push(arch);
     } else {
-        archs.extend(words(DEFAULT).iter().filter_map(|word| parse("the default", word).ok()));
+        let default = if known.contains(&100) { DEFAULT } else { DEFAULT_UP_TO_90 };
+        archs.extend(words(default).iter().filter_map(|word| parse("the default", word).ok()));
     }
     archs.sort_by_key(|arch| (arch.ptx, arch.number, arch.suffix));
     archs.dedup();

@@ -13,7 +13,7 @@ for header in csrc/quantkv*.h; do
     "$cxx" -x c++ -std=c++11 "${strict[@]}" -fsyntax-only "$header"
 done
 
-library=$(scripts/build-c-library.sh | tail -1)
+library=$(scripts/build-c-library.sh --dev | tail -1)
 dir=$(dirname "$library")
 exported=$(nm -D --defined-only "$library" | awk '{print $3}' | sort)
 declared=$(cat csrc/quantkv.h csrc/quantkv_decoder.h | sed -n 's/^QUANTKV_API .*[ *]\(quantkv_[a-z0-9_]*\)(.*/\1/p' | sort)

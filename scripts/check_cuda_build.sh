@@ -102,7 +102,7 @@ sources() {
 # What became of the kernels. Builds all architectures, unless QUANTKV_CUDA_ARCHS says otherwise.
 kernels() {
     local library archs resources status=0
-    library=$(scripts/build-c-library.sh | tail -1)
+    library=$(scripts/build-c-library.sh --dev | tail -1)
     resources=$(cuobjdump -res-usage "$library")
     archs=$(awk '/^Fatbin/ { elf = /elf/ } /^arch = sm_/ && elf { print substr($3, 4) }' <<<"$resources" | sort -u | paste -sd' ')
     echo "code for $archs, $(stat -c %s "$library") bytes"

@@ -31,9 +31,12 @@ fn main() -> quantkv::Result<()> {
     Ok(())
 }
 RUST
+# With quantkv's own profiles, what other builds have made of the dependencies serves here.
+profiles=$(sed -n '/^\[profile/,$p' "$root/Cargo.toml")
+echo "$profiles" >>"$dir/Cargo.toml"
 cp "$root/Cargo.lock" "$dir/Cargo.lock"
 cd "$dir"
-export CARGO_TARGET_DIR="$root/target/downstream"
+export CARGO_TARGET_DIR="$root/target"
 cargo run
 cargo run --no-default-features
 count=$(cargo tree -e normal --prefix none --no-dedupe | awk '{print $1}' | sort -u | wc -l)
@@ -58,6 +61,7 @@ edition = "2021"
 [dependencies]
 quantkv = { path = "$root", default-features = false, features = ["cuda", "decoder"] }
 cudarc = { version = "0.19.10", default-features = false, features = [$choice] }
+$profiles
 TOML
     cp "$root/scripts/gpu_engine.rs" "$dir/src/main.rs"
     cp "$root/Cargo.lock" "$dir/Cargo.lock"
