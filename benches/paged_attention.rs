@@ -158,6 +158,7 @@ impl Case {
             params: AttentionParams::new(1.0 / (dim as f32).sqrt()),
             num_heads: heads,
             num_tokens: seqs.len() * queries,
+            max_query_len: Some(queries),
             query: &self.query,
             query_strides: RowStrides::contiguous(heads, dim),
             query_starts: &self.query_starts[..seqs.len() + 1],

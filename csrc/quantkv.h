@@ -262,6 +262,9 @@ typedef struct quantkv_paged_attention {
   int32_t plan_is_ready;        /* not 0: the workspace holds the plan of an earlier call (another layer of the same
                                    step) with the same sizes, lengths and window; the scheduling kernel is not run */
   int32_t kernel;               /* quantkv_attention_kernel */
+  int64_t max_query_len;        /* the most queries of any sequence, or 0: not known. A sequence with more is skipped,
+                                   with QUANTKV_FAULT_QUERY_START. Decode and speculative decoding that say so cost
+                                   one kernel, where else one more is launched for sequences with many queries */
 } quantkv_paged_attention;
 
 /* Which kernel to run. Auto takes the fastest that has the shape; the others are for tests and benches and

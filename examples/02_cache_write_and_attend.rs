@@ -44,6 +44,7 @@ fn main() -> Result<()> {
         params: AttentionParams::new(1.0 / 8.0),
         num_heads: 4,
         num_tokens: 1,
+        max_query_len: Some(1),
         query: &query,
         query_strides: rows,
         query_starts: &[0, 1],

@@ -42,6 +42,7 @@ fn write_and_attend<B: Backend>(backend: Arc<B>) -> Result<Vec<f32>> {
     let (starts, lens, table) = (upload(&*backend, &[0, 1])?, upload(&*backend, &[3])?, upload(&*backend, &[1])?);
     let batch = AttentionBatch {
         num_tokens: 1,
+        max_query_len: Some(1),
         query_starts: backend.view(&starts),
         seq_lens: backend.view(&lens),
         block_tables: backend.view(&table),

@@ -174,7 +174,7 @@ def ours(library, width, layout=None):
             made = qkv.PagedAttention(
                 cache=cache, query=qkv.Rows(case.q.data_ptr(), row, case.dim), output=qkv.Rows(out.data_ptr(), row, case.dim),
                 query_starts=case.starts.data_ptr(), seq_lens=case.lens_t.data_ptr(), block_tables=pool["table"].data_ptr(),
-                block_table_stride=case.longest, num_seqs=len(case.lens), num_tokens=len(case.lens), num_heads=case.hq,
+                block_table_stride=case.longest, num_seqs=len(case.lens), num_tokens=len(case.lens), num_heads=case.hq, max_query_len=1,
                 activation=qkv.BF16, softmax_scale=case.scale, kernel=qkv.AUTO,
             )
             if "space" not in plan:

@@ -29,7 +29,7 @@ PagedAttention = struct(
     ("cache", Cache), ("query", Rows), ("output", Rows), ("lse", pointer), ("query_starts", pointer), ("seq_lens", pointer),
     ("block_tables", pointer), ("block_table_stride", i64), ("num_seqs", i64), ("num_tokens", i64), ("num_heads", i32),
     ("activation", i32), ("softmax_scale", f32), ("soft_cap", f32), ("sliding_window", i64), ("alibi_slopes", pointer),
-    ("sinks", pointer), ("workspace", pointer), ("workspace_bytes", size), ("plan_is_ready", i32), ("kernel", i32),
+    ("sinks", pointer), ("workspace", pointer), ("workspace_bytes", size), ("plan_is_ready", i32), ("kernel", i32), ("max_query_len", i64),
 )
 
 

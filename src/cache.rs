@@ -147,6 +147,8 @@ pub struct PagedKvCache<B: Backend> {
 pub struct AttentionBatch<'a, M: Memory> {
     /// Query rows in the batch.
     pub num_tokens: usize,
+    /// The most queries of any sequence, if known.
+    pub max_query_len: Option<usize>,
     /// First query row of each sequence, `[sequences + 1]`.
     pub query_starts: M::Ref<'a, i32>,
     /// Cached tokens of each sequence, the new ones included, `[sequences]`.
@@ -417,6 +419,7 @@ impl<B: Backend> PagedKvCache<B> {
             params: heads.params,
             num_heads: heads.num_heads,
             num_tokens: batch.num_tokens,
+            max_query_len: batch.max_query_len,
             query: B::shorten(io.query),
             query_strides: io.query_strides,
             query_starts: B::shorten(batch.query_starts),

@@ -158,6 +158,7 @@ impl Case {
             params: self.params,
             num_heads: self.heads,
             num_tokens: tokens,
+            max_query_len: None,
             query: &self.query,
             query_strides: RowStrides::contiguous(self.heads, spec.k_head_dim),
             query_starts: &starts,

@@ -159,6 +159,7 @@ fn attends_over_what_was_written_on<B: Backend>(backend: Arc<B>) {
     let (starts, lens, tables) = (upload(&*backend, &[0, 1]), upload(&*backend, &[9]), upload(&*backend, &[1, 0]));
     let batch = AttentionBatch::<B> {
         num_tokens: 1,
+        max_query_len: None,
         query_starts: backend.view(&starts),
         seq_lens: backend.view(&lens),
         block_tables: backend.view(&tables),

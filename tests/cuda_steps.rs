@@ -152,6 +152,7 @@ impl<T: Element> Step<T> {
             params: AttentionParams::new(0.125),
             num_heads: HEADS,
             num_tokens: TOKENS,
+            max_query_len: None,
             query: self.query.view(),
             query_strides: rows,
             query_starts: self.starts.view(),

@@ -223,6 +223,7 @@ fn unused_strides_may_be_anything() {
             params: AttentionParams { sliding_window: Some(usize::MAX), ..AttentionParams::new(0.25) },
             num_heads: 1,
             num_tokens: 1,
+            max_query_len: None,
             query: &input[..],
             query_strides: max,
             query_starts: &[0, 1],

@@ -126,6 +126,7 @@ fn attend(lens: Lens, change: impl FnOnce(&mut PagedAttention<'_, CpuBackend, f3
         params: AttentionParams::new(0.25),
         num_heads: 4,
         num_tokens: 2,
+        max_query_len: None,
         query: &query[..],
         query_strides: RowStrides::contiguous(4, 16),
         query_starts: &starts[..],

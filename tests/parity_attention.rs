@@ -24,7 +24,7 @@ use oracle::strategy::{self, Padding, Rng, ScaleKind};
 use proptest::prelude::*;
 use quantkv::args::RowStrides;
 use quantkv::layout::Half;
-use quantkv::{Backend, CacheLayout, DType, KvFormat};
+use quantkv::{Backend, CacheLayout, DType, Faults, KvFormat};
 
 fn check(device: &Device, case: &AttentionCase, expectation: &AttentionExpectation) -> Result<(), String> {
     let run = on_device!(device, |backend| run::attention(backend, case));
@@ -153,6 +153,33 @@ fn poison_follows_the_last_token() {
     }
 }
 
+/// Few queries a sequence, whether the call says how many or not: tiles of 8 and of 16 rows, and more rows than those.
+#[test]
+fn speculative_decode() {
+    for (group, new) in [(1, 2), (1, 8), (4, 2), (3, 4), (4, 5), (8, 2), (8, 4), (17, 2)] {
+        let geometry = Geometry::plain(CacheLayout::Hnd, (2, 64), (16, 150), KvFormat::Fp8E4M3);
+        let sequences = vec![(700, new), (64, new), (15, 1), (0, new)];
+        let parameters = Parameters { dtype: DType::BF16, ..simple(geometry, group, sequences) };
+        for says_longest in [false, true] {
+            let parameters = Parameters { says_longest, ..parameters.clone() };
+            check_all(&build(&parameters), (group, new, says_longest));
+        }
+    }
+}
+
+/// A sequence with more queries than the call says is skipped, its rows are left as they are, and there is a fault.
+#[test]
+fn a_sequence_longer_than_said_is_skipped() {
+    for (dtype, max_query_len) in [(DType::F32, 2), (DType::F16, 2), (DType::F16, 5), (DType::F16, 0)] {
+        let geometry = Geometry::plain(CacheLayout::Hnd, (2, 64), (16, 150), KvFormat::Fp8E4M3);
+        let sequences = vec![(70, 1), (30, 3), (64, 2), (100, 20), (15, 1)];
+        let mut case = build(&Parameters { dtype, ..simple(geometry, 3, sequences) });
+        case.max_query_len = Some(max_query_len);
+        assert!(attention::sequences(&case).1.contains(Faults::QUERY_START_OUT_OF_RANGE));
+        check_all(&case, (dtype, max_query_len));
+    }
+}
+
 /// Every cache that 16-bit products are for, head dims up to each size of the kernels and rows that they cannot read by
 /// whole quads, scales by head and by channel, tokens around a tile of 64 and in several pieces.
 #[test]
@@ -171,6 +198,8 @@ fn every_cache_of_tensor_cores() {
             (37, 21, vec![(62, 3), (0, 5)]),
             (64, 64, vec![(700, 1), (0, 20), (64, 1)]),
             (128, 96, vec![(129, 2), (63, 1)]),
+            (192, 192, vec![(700, 1), (37, 2), (0, 1)]),
+            (256, 256, vec![(700, 1), (37, 2), (0, 1)]),
             (256, 256, vec![(70, 6)]),
         ] {
             let geometry = Geometry { v_dim, ..Geometry::plain(CacheLayout::Nhd, (2, k_dim), (16, 50), format) };

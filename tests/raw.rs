@@ -338,6 +338,7 @@ fn reads_interleaved_caches() {
         params: AttentionParams::new(1.0),
         num_heads: HEADS,
         num_tokens: 1,
+        max_query_len: None,
         query: read(&[0f32; HEADS * K_DIM]),
         query_strides: RowStrides::contiguous(HEADS, K_DIM),
         query_starts: read(&[0, 1]),

@@ -385,6 +385,7 @@ fn hostile_numbers_set_faults_and_no_more() {
         let mut workspace = rocm.zeros::<f32>("workspace", cache.workspace_len(1, 2)).unwrap();
         let batch = AttentionBatch {
             num_tokens: 2,
+            max_query_len: None,
             query_starts: starts.view(),
             seq_lens: lengths.view(),
             block_tables: tables.view(),

@@ -299,6 +299,7 @@ impl<'d> Case<'d> {
             workspace_bytes: self.workspace_bytes,
             plan_is_ready: i32::from(plan_is_ready),
             kernel: self.kernel,
+            max_query_len: self.shape.queries as i64,
         }
     }
 

@@ -35,6 +35,8 @@ AttentionParams params_of(const quantkv_paged_attention &op) {
   params.capacity = op.block_table_stride > blocks
                         ? kMaxPositions
                         : static_cast<int32_t>(op.block_table_stride * op.cache.block_size);
+  const bool is_known = op.max_query_len > 0 && op.max_query_len < op.num_tokens;
+  params.max_query_len = static_cast<int32_t>(is_known ? op.max_query_len : op.num_tokens);
   const bool has_window = op.sliding_window > 0 && op.sliding_window < kMaxPositions;
   params.window = has_window ? static_cast<int32_t>(op.sliding_window) : kMaxPositions;
   params.cap = op.soft_cap * kLog2E;
@@ -94,6 +96,18 @@ KernelShape decode_shape(const quantkv_paged_attention &op, const Device &device
                      blocks < kDecodeBlocks ? blocks : kDecodeBlocks, kDecodeMinTiles, kDecodePieceCost};
 }
 
+// Rows that the decode kernel's tiles should have: 8 or 16.
+int32_t decode_rows(const AttentionParams &params) {
+  if (params.group_size > 8) return kDecodeRows;
+  const quantkv_paged_attention &op = params.op;
+  // As many as the longest sequence fills. If that has too many for the decode kernel, sequences are alike, and none is
+  // its business; or most have one query, beside a few that have very many.
+  const int64_t mean = op.num_seqs == 0 ? 1 : ceil_div(op.num_tokens, op.num_seqs);
+  const int64_t longest = params.max_query_len, heads = params.group_size;
+  const int64_t rows = (longest * heads <= kDecodeRows ? longest : mean) * heads;
+  return rows <= 8 || rows > kDecodeRows ? 8 : kDecodeRows;
+}
+
 Dispatch dispatch_of(const quantkv_paged_attention &op, const Device &device) {
   Dispatch dispatch = {};
   dispatch.call.params = params_of(op);
@@ -101,9 +115,8 @@ Dispatch dispatch_of(const quantkv_paged_attention &op, const Device &device) {
   KernelShape decode = {}, prefill = {};
   Kernel prefill_kernel = Kernel::Prefill;
   if (op.kernel != QUANTKV_ATTENTION_PORTABLE) {
-    // If there are as many sequences as tokens, each has one query as a rule: that is what rows are for then.
-    const bool is_decode = op.num_tokens <= op.num_seqs;
-    decode = decode_shape(op, device, is_decode && params.group_size <= 8 ? 8 : kDecodeRows);
+    decode = decode_shape(op, device, decode_rows(params));
+    const bool is_decode = op.num_tokens <= op.num_seqs || params.max_query_len <= decode.max_rows / params.group_size;
     if (prefill_can_load(op) && !(is_decode && decode.max_rows >= params.group_size)) {
       prefill = prefill_shape(op.cache, op.activation, device);
       const KernelShape hopper = prefill_hopper_shape(op, device);
@@ -161,7 +174,7 @@ int check_shape(const quantkv_paged_attention &op) {
     if (!is_format(half->format)) return QUANTKV_INVALID_ARGUMENT;
     if (half->head_dim < 1 || half->head_dim > kMaxHeadDim) return QUANTKV_UNSUPPORTED;
   }
-  if (op.num_tokens < 0 || op.num_seqs < 0) return QUANTKV_INVALID_ARGUMENT;
+  if (op.num_tokens < 0 || op.num_seqs < 0 || op.max_query_len < 0) return QUANTKV_INVALID_ARGUMENT;
   if (op.num_tokens > kAnyQueries || op.num_seqs > kAnyQueries) return QUANTKV_UNSUPPORTED;
   return valid_if(is_activation(op.activation));
 }

@@ -42,12 +42,12 @@ struct AttentionParams {
   Paging paging;
   int32_t group_size; // query heads that share a KV head
   int32_t capacity;   // positions one row of the block table holds, at most kMaxPositions
+  int32_t max_query_len; // no sequence has more queries
   int32_t window;     // keys a query sees at most; kMaxPositions if there is no window
   // score in base 2 = qk * score_factor, or with a cap  cap * tanh(qk * score_factor)
   float score_factor; // softmax_scale * log2(e), or softmax_scale / soft_cap
   float cap;          // soft_cap * log2(e); 0: none
 };
-
 
 struct alignas(16) WorkGroup {
   int64_t first_unit;     // units of one column of all groups before it

@@ -17,7 +17,8 @@
 //   O   of two channels a 16-row tile of O^T, rows 2t and 2t + 1
 //
 // The four warps of a block take tiles in turn, each with a softmax state of its own, and merge them in shared memory
-// when the piece ends. The loads of a tile are issued before the products of the one before it are used up.
+// when the piece ends. The loads of a tile are issued before the products of the one before it are used up, but for tiles
+// of 16 KiB (256 channels of 16 bits): two in flight would not fit, nor need they, since a warp has 6700 clocks for one.
 #pragma once
 #include "paged_attention_decode_merge.h"
 #include "paged_attention_decode_query.h"
@@ -124,34 +125,32 @@ template <class Shape, int RowTiles> struct DecodeState {
   }
 };
 
-// Products to scores in base 2; what a row does not see becomes -inf.
+// Products to scores in base 2; what a row does not see becomes -inf. What every launch runs once or twice, for the tile
+// that a sequence ends in, must be few instructions: the first time they cost 10 to 20 clocks each.
 template <class Shape, int RowTiles, bool Dynamic>
 QKV_DEVICE void make_scores(float (&c)[RowTiles][4], const AttentionParams &params, const Piece &piece,
-                            const DecodeTile<Shape> &tile, const float *factor) {
+                            const DecodeTile<Shape> &tile, const DecodeQuery<Shape> &query) {
   const int g = lane_index() / 4, t = lane_index() % 4;
-  const bool plain = params.cap == 0.0f && params.op.alibi_slopes == nullptr;
+  const bool has_slopes = params.op.alibi_slopes != nullptr, plain = params.cap == 0.0f && !has_slopes;
   QKV_UNROLL
   for (int i = 0; i < RowTiles; i++) {
     QKV_UNROLL
     for (int j = 0; j < 4; j++) {
-      float product = c[i][j] * factor[8 * i + 2 * t + j % 2];
+      float product = c[i][j] * query.factor[8 * i + 2 * t + j % 2];
       if constexpr (Dynamic) product *= tile.k_dynamic[j / 2];
       c[i][j] = plain ? product * params.score_factor : score_of(params, product);
     }
   }
   if (plain && tile.whole) return;
+  const bool has[2] = {tile.halves.has(piece, tile.position, g), tile.halves.has(piece, tile.position, g + 8)};
   QKV_UNROLL
   for (int i = 0; i < RowTiles; i++) {
     QKV_UNROLL
     for (int j = 0; j < 4; j++) {
-      int row = 8 * i + 2 * t + (j & 1), query = piece.query_of(row), token = g + 8 * (j / 2), key = tile.position + token;
-      if (row >= piece.rows()) continue;
-      int position = piece.first_position + query;
-      if (params.op.alibi_slopes != nullptr) {
-        int head = piece.first_head + row - query * piece.num_heads;
-        c[i][j] += alibi_slope(params, head) * static_cast<float>(key - position);
-      }
-      if (!tile.halves.has(piece, tile.position, token) || !visible_to(params, position)(key)) c[i][j] = negative_infinity();
+      const int row = 8 * i + 2 * t + j % 2, half = j / 2;
+      const int32_t position = query.position[row], key = tile.position + g + 8 * half;
+      if (has_slopes) c[i][j] += query.slope[row] * static_cast<float>(key - position);
+      if (!has[half] || !visible_to(params, position)(key)) c[i][j] = negative_infinity();
     }
   }
 }
@@ -380,7 +379,7 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     loader.aim(Tiles(params, piece), work.offsets[slot][lane_index()], work.blocks[lane_index()], 0);
     next.halves = loader.halves();
     loader.keys(k, next.k);
-    loader.values(v, next.v);
+    if constexpr (!Shape::kNothingAhead) loader.values(v, next.v);
     if constexpr (Dynamic) loader.scales(params, next.k_dynamic, next.v_dynamic);
   };
   work.begin();
@@ -423,6 +422,7 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
       tile.whole = tile.position >= work.whole_begin && tile.position + Shape::kTile <= work.whole_end && tile.halves.both();
       float c[RowTiles][4];
       multiply_keys<F>(c, tile, query);
+      if constexpr (Shape::kNothingAhead) loader.values(v, tile.v); // it still aims at this tile
       const bool is_last = n + 1 == tiles.count, load = !is_last || work.found;
       if (is_last) {
         if (load) loader.aim(Tiles(params, next_piece), work.offsets[slot ^ 1][lane_index()], work.blocks[lane_index()], 0);
@@ -432,17 +432,20 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
       }
       if (load) {
         next.halves = loader.halves();
-        loader.keys(k, next.k);
+        if constexpr (!Shape::kNothingAhead) loader.keys(k, next.k);
         if constexpr (Shape::kValuesAhead) loader.values(v, next.v);
         if constexpr (Dynamic) loader.scales(params, next.k_dynamic, next.v_dynamic);
       }
       if (!tile.whole) tile.drop_missing(piece);
-      make_scores<Shape, RowTiles, Dynamic>(c, params, piece, tile, query.factor);
+      make_scores<Shape, RowTiles, Dynamic>(c, params, piece, tile, query);
       uint32_t p[RowTiles][2];
       make_weights<Shape, RowTiles, Dynamic>(p, c, state, tile);
       multiply_values<F>(state.o, tile, p);
       if constexpr (!Shape::kValuesAhead) {
-        if (load) loader.values(v, next.v);
+        if (load) {
+          if constexpr (Shape::kNothingAhead) loader.keys(k, next.k);
+          else loader.values(v, next.v);
+        }
       }
       if constexpr (Shape::kLooksLate) {
         if (n == 0 && !is_last && work.next(params, list, slot ^ 1)) begin_piece(next_piece, slot ^ 1);

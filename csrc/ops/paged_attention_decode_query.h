@@ -15,6 +15,8 @@ template <class Shape> struct DecodeQuery {
   alignas(16) uint16_t raw[Shape::kRows][Shape::kDim]; // as they come
   Words<2> q[Shape::kRowTiles][Shape::kSteps][kWarp];  // operands of lane 4g + t: row g of the tile, four channels
   float factor[Shape::kRows];                          // a product times this is q . k
+  int32_t position[Shape::kRows];                      // of the row's query
+  float slope[Shape::kRows];                           // ALiBi's of the row's head
 };
 
 // Asks for the queries of a piece. Rows it does not have are zeros.
@@ -97,7 +99,12 @@ QKV_DEVICE void make_query(DecodeQuery<Shape> &out, const AttentionParams &param
         q.w[j] = Shape::kBf16 ? pack_bf16(low, high) : pack_f16(low, high);
       }
     }
-    if (run == 0) out.factor[row] = inverse * (by_channel ? 1.0f : k_scale);
+    if (run == 0) {
+      out.factor[row] = inverse * (by_channel ? 1.0f : k_scale);
+      const int query = piece.query_of(row);
+      out.position[row] = piece.first_position + query;
+      out.slope[row] = row < piece.rows() ? alibi_slope(params, piece.first_head + row - query * piece.num_heads) : 0.0f;
+    }
   }
 }
 

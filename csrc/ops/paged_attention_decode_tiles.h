@@ -42,9 +42,11 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   static constexpr int kWithAhead = kKept + 4 * kWordsV;
   static constexpr int kMostBlocks = kWithAhead <= 92 ? 4 : kWithAhead <= 120 || kKept <= 104 ? 3 : 2;
   static constexpr bool kValuesAhead = kWithAhead <= (kMostBlocks == 3 ? 120 : 200);
+  // Not even K of the next tile beside V of this one: V is asked for when K is used up, and the other way round.
+  static constexpr bool kNothingAhead = kKept > 200;
   // Where there are registers to spare beside a tile on its way, the next piece is looked for between two tiles.
   static constexpr bool kLooksLate = kWithAhead <= 184;
-  static constexpr bool kFits = kKept <= 200 && (kElement == 1 || D <= 128);
+  static constexpr bool kFits = kKept <= 204;
   // Before Hopper addresses and conversions take a few registers more.
   static constexpr int blocks_on(int compute_capability) {
     return compute_capability >= 90 || kMostBlocks == 1 ? kMostBlocks : kMostBlocks - 1;

@@ -4,8 +4,8 @@
 // same way; prefix sums over the block give every group its place and the units before it. Then each worker's share
 // is a division, and its first group a binary search.
 //
-// What nobody has checked is checked here: query starts that decrease, leave the rows or reach back into rows claimed
-// before make a sequence be skipped, lengths are clamped to the block table; both set a fault.
+// What nobody has checked is checked here: query starts that decrease, leave the rows, reach back into rows claimed
+// before or are too far apart make a sequence be skipped, lengths are clamped to the block table; both set a fault.
 #pragma once
 #include "paged_attention.h"
 
@@ -60,6 +60,11 @@ struct SequenceBatch {
   int32_t is_bad;  // whether some query start is
 };
 
+// Whether a sequence may have the rows `first` .. `last`, where those below `claimed` are others'.
+QKV_DEVICE bool rows_are_good(const AttentionParams &params, int32_t claimed, int32_t first, int32_t last) {
+  return first >= claimed && first <= last && last <= params.op.num_tokens && last - first <= params.max_query_len;
+}
+
 // Reads the query starts of sequences base .. base + kPlanThreads and makes bad ranges empty. A range counts as bad
 // only against good ones before it, so that one thread walks the batch if it holds any bad one.
 QKV_DEVICE void read_query_starts(const AttentionParams &params, int64_t base, SequenceBatch &batch) {
@@ -71,7 +76,7 @@ QKV_DEVICE void read_query_starts(const AttentionParams &params, int64_t base, S
   if (seq < params.op.num_seqs) {
     first = params.op.query_starts[seq];
     last = params.op.query_starts[seq + 1];
-    if (first < claimed || last < first || last > params.op.num_tokens) batch.is_bad = 1;
+    if (!rows_are_good(params, claimed, first, last)) batch.is_bad = 1;
   }
   batch.first[thread] = first;
   batch.last[thread] = last;
@@ -80,8 +85,7 @@ QKV_DEVICE void read_query_starts(const AttentionParams &params, int64_t base, S
   if (thread == 0) {
     if (batch.is_bad) {
       for (int i = 0; i < count; i++) {
-        bool good = batch.first[i] >= claimed && batch.first[i] <= batch.last[i] && batch.last[i] <= params.op.num_tokens;
-        if (good) {
+        if (rows_are_good(params, claimed, batch.first[i], batch.last[i])) {
           claimed = batch.last[i];
         } else {
           batch.first[i] = batch.last[i] = 0;

@@ -17,8 +17,8 @@
 //! No visible key gives zeros, and LSE -inf (or the sink). Slots past the sequence length are
 //! never read into the result. Visible positions whose block id lies outside the cache are skipped
 //! and set a fault. A sequence length that is negative or exceeds its row of the table is clamped, a
-//! sequence whose query starts decrease, pass `num_tokens` or reach into rows claimed before it is
-//! skipped; both set a fault. All sums are f32.
+//! sequence whose query starts decrease, pass `num_tokens`, reach into rows claimed before or are more
+//! than `max_query_len` apart is skipped; both set a fault. All sums are f32.
 
 use super::{LayerRef, RowStrides, check_len, check_scale, group_size};
 use crate::error::{Error, Result};
@@ -85,6 +85,9 @@ pub struct PagedAttention<'a, M: Memory, T: Element> {
     pub num_heads: usize,
     /// Query rows in the batch.
     pub num_tokens: usize,
+    /// The most queries of any sequence, if known (0 is taken for 1). Decode (1) and speculative decoding (2 to 16) then cost a GPU one
+    /// kernel, where it would launch one more for the sequences with many queries that may be there.
+    pub max_query_len: Option<usize>,
     /// Queries, `[tokens, heads, k_head_dim]`.
     pub query: M::Ref<'a, T>,
     /// Strides of `query`.
@@ -110,8 +113,8 @@ pub struct PagedAttention<'a, M: Memory, T: Element> {
     /// Scratch of at least [`crate::Backend::attention_workspace_len`] floats.
     pub workspace: M::Mut<'a, f32>,
     /// The workspace holds what an earlier call of the same step planned (another layer, usually): the
-    /// same geometry, `num_heads`, `num_tokens`, activation type, sliding window, query starts and
-    /// sequence lengths. A GPU then skips its scheduling kernel; the CPU plans at no cost and ignores
+    /// same geometry, `num_heads`, `num_tokens`, `max_query_len`, activation type, sliding window, query
+    /// starts and sequence lengths. A GPU then skips its scheduling kernel; the CPU plans at no cost and ignores
     /// this. If it is not true results may be wrong; memory outside the buffers is never touched.
     pub plan_is_ready: bool,
 }
@@ -125,6 +128,11 @@ impl<M: Memory, T: Element> PagedAttention<'_, M, T> {
     /// Query heads that share a KV head; 0 for a spec without KV heads, which is refused.
     pub fn group_size(&self) -> usize {
         self.num_heads.checked_div(self.shape.spec.num_kv_heads).unwrap_or(0)
+    }
+
+    /// No sequence may have more queries: `max_query_len`, else `num_tokens`.
+    pub(crate) fn longest_query(&self) -> usize {
+        self.max_query_len.map_or(self.num_tokens, |most| most.max(1)).min(self.num_tokens)
     }
 
     /// Checks every shape, stride and length. The workspace is the backend's to check.

@@ -9,19 +9,20 @@ use super::*;
 
 /// The rows of each sequence of a ragged batch, `(sequence, starts[s]..starts[s + 1])`.
 ///
-/// A sequence whose bounds decrease, leave `0..num_rows`, or reach back into rows an earlier
-/// sequence has claimed is skipped with a fault: the ranges yielded are ascending and disjoint,
-/// which is what lets threads write them side by side.
+/// A sequence whose bounds decrease, leave `0..num_rows`, are more than `longest` apart, or reach back
+/// into rows an earlier sequence has claimed is skipped with a fault: the ranges yielded are ascending
+/// and disjoint, which is what lets threads write them side by side.
 pub(super) fn sequence_rows<'a>(
     starts: &'a [i32],
     num_rows: usize,
+    longest: usize,
     faults: &'a FaultWord,
 ) -> impl Iterator<Item = (usize, Range<usize>)> + 'a {
     let mut unclaimed = 0;
     starts.windows(2).enumerate().filter_map(move |(seq, bounds)| {
         let rows = usize::try_from(bounds[0]).ok().zip(usize::try_from(bounds[1]).ok());
         match rows {
-            Some((start, end)) if unclaimed <= start && start <= end && end <= num_rows => {
+            Some((start, end)) if unclaimed <= start && start <= end && end <= num_rows && end - start <= longest => {
                 unclaimed = end;
                 Some((seq, start..end))
             }
@@ -84,7 +85,7 @@ impl<'a> Table<'a> {
         num_tokens: usize,
         window: Range<usize>,
     ) -> impl Iterator<Item = (usize, usize, Option<(usize, usize)>)> + 'a {
-        sequence_rows(cu_seq_lens, num_tokens, self.faults).flat_map(move |(seq, rows)| {
+        sequence_rows(cu_seq_lens, num_tokens, num_tokens, self.faults).flat_map(move |(seq, rows)| {
             let end = rows.end.min(window.end);
             let mut row = rows.start.max(window.start);
             std::iter::from_fn(move || {
@@ -105,7 +106,7 @@ impl<'a> Table<'a> {
         cu_seq_lens: &'a [i32],
         num_tokens: usize,
     ) -> impl Iterator<Item = (usize, Option<(usize, usize)>)> + 'a {
-        sequence_rows(cu_seq_lens, num_tokens, self.faults).flat_map(move |(seq, rows)| {
+        sequence_rows(cu_seq_lens, num_tokens, num_tokens, self.faults).flat_map(move |(seq, rows)| {
             let first = rows.start;
             rows.map(move |row| (row, self.place(seq, row - first)))
         })

@@ -115,6 +115,11 @@ impl Batch {
         self.seq_lens.len()
     }
 
+    /// The most tokens of a sequence.
+    pub(crate) fn max_query_len(&self) -> usize {
+        self.query_starts.windows(2).map(|bounds| (bounds[1] - bounds[0]) as usize).max().unwrap_or(0)
+    }
+
     /// Rows that get logits, in order of sequences and tokens.
     pub fn num_logits_rows(&self) -> usize {
         self.logits_rows.len()

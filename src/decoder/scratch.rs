@@ -154,6 +154,7 @@ pub(super) struct StepInputs<B: Backend> {
     seq_lens: Uploaded<B, i32>,
     block_tables: Uploaded<B, i32>,
     block_table_stride: usize,
+    max_query_len: usize,
 }
 
 impl<B: Backend> StepInputs<B> {
@@ -166,6 +167,7 @@ impl<B: Backend> StepInputs<B> {
             seq_lens: Uploaded::new(backend)?,
             block_tables: Uploaded::new(backend)?,
             block_table_stride: 0,
+            max_query_len: 0,
         })
     }
 
@@ -173,6 +175,7 @@ impl<B: Backend> StepInputs<B> {
     /// before keeps its address.
     pub fn set(&mut self, backend: &B, batch: &Batch, tables: &[i32], stride: usize) -> Result<()> {
         self.block_table_stride = stride;
+        self.max_query_len = batch.max_query_len();
         self.ids.set(backend, &batch.token_ids)?;
         self.positions.set(backend, &batch.positions)?;
         self.slots.set(backend, &batch.slot_mapping)?;
@@ -197,6 +200,7 @@ impl<B: Backend> StepInputs<B> {
     pub fn attention<'a>(&'a self, backend: &B, num_tokens: usize) -> AttentionBatch<'a, B> {
         AttentionBatch {
             num_tokens,
+            max_query_len: Some(self.max_query_len),
             query_starts: backend.view(&self.query_starts.device),
             seq_lens: backend.view(&self.seq_lens.device),
             block_tables: backend.view(&self.block_tables.device),

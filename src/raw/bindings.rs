@@ -506,10 +506,12 @@ pub struct quantkv_paged_attention {
     pub plan_is_ready: i32,
     #[doc = "quantkv_attention_kernel"]
     pub kernel: i32,
+    #[doc = "the most queries of any sequence, or 0: not known. A sequence with more is skipped,\nwith QUANTKV_FAULT_QUERY_START. Decode and speculative decoding that say so cost\none kernel, where else one more is launched for sequences with many queries"]
+    pub max_query_len: i64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
 const _: () = {
-    ["Size of quantkv_paged_attention"][::core::mem::size_of::<quantkv_paged_attention>() - 368usize];
+    ["Size of quantkv_paged_attention"][::core::mem::size_of::<quantkv_paged_attention>() - 376usize];
     ["Alignment of quantkv_paged_attention"][::core::mem::align_of::<quantkv_paged_attention>() - 8usize];
     ["Offset of field: quantkv_paged_attention::cache"]
         [::core::mem::offset_of!(quantkv_paged_attention, cache) - 0usize];
@@ -552,6 +554,8 @@ const _: () = {
         [::core::mem::offset_of!(quantkv_paged_attention, plan_is_ready) - 360usize];
     ["Offset of field: quantkv_paged_attention::kernel"]
         [::core::mem::offset_of!(quantkv_paged_attention, kernel) - 364usize];
+    ["Offset of field: quantkv_paged_attention::max_query_len"]
+        [::core::mem::offset_of!(quantkv_paged_attention, max_query_len) - 368usize];
 };
 impl Default for quantkv_paged_attention {
     fn default() -> Self {

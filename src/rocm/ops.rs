@@ -142,7 +142,8 @@ impl Backend for RocmBackend {
 
     fn paged_attention<T: Element>(&self, op: PagedAttention<'_, Self, T>) -> Result<()> {
         let op = pointers!(op as PagedAttention {
-            shape, params, num_heads, num_tokens, query_strides, block_table_stride, output_strides, plan_is_ready;
+            shape, params, num_heads, num_tokens, max_query_len, query_strides, block_table_stride, output_strides,
+            plan_is_ready;
             cache, k_scale, v_scale, query, query_starts, seq_lens, block_tables, alibi_slopes, sinks, output, lse,
             workspace
         } on self.stream());

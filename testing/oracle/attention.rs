@@ -78,6 +78,7 @@ pub struct AttentionCase {
     pub params: AttentionParams,
     pub num_heads: usize,
     pub num_tokens: usize,
+    pub max_query_len: Option<usize>,
     pub dtype: DType,
     pub query: Rows,
     pub query_starts: Vec<i32>,
@@ -183,7 +184,13 @@ pub fn sequences(case: &AttentionCase) -> (Vec<Option<Sequence>>, Faults, Faults
                 // Claims no row: skipped or not, nothing shows.
                 allowed = allowed.union(Faults::QUERY_START_OUT_OF_RANGE);
             }
-            if first < 0 || last < first || last > case.num_tokens as i64 || (first < claimed && last > first) {
+            let too_many = case.max_query_len.is_some_and(|most| last - first > most.max(1) as i64);
+            if first < 0
+                || last < first
+                || last > case.num_tokens as i64
+                || (first < claimed && last > first)
+                || too_many
+            {
                 owed = owed.union(Faults::QUERY_START_OUT_OF_RANGE);
                 return None;
             }

@@ -352,6 +352,7 @@ pub fn attention<B: Backend>(backend: &B, case: &AttentionCase) -> Result<Attent
             params,
             num_heads: case.num_heads,
             num_tokens: case.num_tokens,
+            max_query_len: case.max_query_len,
             query: backend.view(&query),
             query_strides: case.query.strides,
             query_starts: backend.view(&starts),

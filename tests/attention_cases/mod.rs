@@ -20,6 +20,8 @@ pub struct Parameters {
     pub group: usize,
     /// (cached tokens before the new ones, new tokens) of each sequence.
     pub sequences: Vec<(usize, usize)>,
+    /// Whether the call says how many queries the longest sequence has.
+    pub says_longest: bool,
     /// Unclaimed rows after each sequence's, as a padded batch has them.
     pub spare_rows: usize,
     pub table_spare: usize,
@@ -47,8 +49,8 @@ fn sequence() -> impl Strategy<Value = (usize, usize)> {
 }
 
 pub fn parameters() -> impl Strategy<Value = Parameters> {
-    let batch =
-        (prop::collection::vec(sequence(), 0..4), 0usize..2, 0usize..3, prop_oneof![4 => Just(0u64), 1 => Just(15)]);
+    let percent_bad_blocks = prop_oneof![4 => Just(0u64), 1 => Just(15)];
+    let batch = (prop::collection::vec(sequence(), 0..4), any::<bool>(), 0usize..2, 0usize..3, percent_bad_blocks);
     let group = prop_oneof![3 => Just(1usize), 3 => 2usize..=5, 1 => Just(8usize), 1 => Just(17)];
     let features = (
         prop::option::weighted(0.4, prop_oneof![Just(1usize), 2usize..40, Just(usize::MAX)]),
@@ -61,7 +63,7 @@ pub fn parameters() -> impl Strategy<Value = Parameters> {
     let padding = (strategy::padding(), strategy::padding());
     (strategy::geometry(), strategy::dtype(), group, batch, features, scales, padding, any::<u64>()).prop_map(
         |(geometry, dtype, group, batch, features, scales, padding, seed)| {
-            let (sequences, spare_rows, table_spare, percent_bad_blocks) = batch;
+            let (sequences, says_longest, spare_rows, table_spare, percent_bad_blocks) = batch;
             let (window, soft_cap, alibi, sinks, lse) = features;
             Parameters {
                 geometry: Geometry { num_blocks: geometry.num_blocks + 2, ..geometry },
@@ -69,6 +71,7 @@ pub fn parameters() -> impl Strategy<Value = Parameters> {
                 // Bound the work of a case: 17 query heads of 13 KV heads add nothing.
                 group: group.min((40 / geometry.heads).max(1)),
                 sequences,
+                says_longest,
                 spare_rows,
                 table_spare,
                 percent_bad_blocks,
@@ -83,6 +86,10 @@ pub fn parameters() -> impl Strategy<Value = Parameters> {
             }
         },
     )
+}
+
+fn longest_query(sequences: &[(usize, usize)]) -> usize {
+    sequences.iter().map(|&(_, new)| new).max().unwrap_or(0)
 }
 
 pub fn build(parameters: &Parameters) -> AttentionCase {
@@ -133,6 +140,7 @@ pub fn build(parameters: &Parameters) -> AttentionCase {
         params,
         num_heads,
         num_tokens,
+        max_query_len: parameters.says_longest.then(|| longest_query(&parameters.sequences)),
         dtype,
         query,
         query_starts,
@@ -174,6 +182,7 @@ pub fn simple(geometry: Geometry, group: usize, sequences: Vec<(usize, usize)>) 
         dtype: DType::F32,
         group,
         sequences,
+        says_longest: false,
         spare_rows: 0,
         table_spare: 0,
         percent_bad_blocks: 0,

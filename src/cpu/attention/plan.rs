@@ -119,7 +119,7 @@ impl Plan {
         let capacity = op.block_table_stride.saturating_mul(spec.block_size);
         let mut positions: usize = 0;
         let starts = &op.query_starts[..op.num_seqs() + 1];
-        for (seq, rows) in sequence_rows(starts, op.num_tokens, faults) {
+        for (seq, rows) in sequence_rows(starts, op.num_tokens, op.longest_query(), faults) {
             let (first, end) = (rows.start, rows.end);
             let seq_len = sequence_len(op.seq_lens[seq], capacity, faults);
             let chunk_len = seq_len.div_ceil(max_chunks).max(MIN_CHUNK).next_multiple_of(TILE);

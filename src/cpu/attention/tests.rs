@@ -115,6 +115,7 @@ fn portable_agrees_with_the_specification() {
                     params: AttentionParams { soft_cap: Some(15.0), ..AttentionParams::new(0.15) },
                     num_heads: heads,
                     num_tokens: tokens,
+                    max_query_len: None,
                     query: &query,
                     query_strides: RowStrides::contiguous(heads, 48),
                     query_starts: &[0, 1, 5],

@@ -12,7 +12,7 @@ pub(in crate::cpu) fn paged_attention<T: Element>(mut op: PagedAttention<'_, Cpu
     let starts = &op.query_starts[..op.num_seqs() + 1];
     let mut keys = Vec::new();
 
-    for (seq, rows) in sequence_rows(starts, op.num_tokens, faults) {
+    for (seq, rows) in sequence_rows(starts, op.num_tokens, op.longest_query(), faults) {
         let seq_len = sequence_len(op.seq_lens[seq], capacity, faults);
         let blocks = &op.block_tables[seq * op.block_table_stride..][..op.block_table_stride];
         for row in rows.clone() {
