@@ -22,8 +22,8 @@ impl Faults {
     /// A sequence length was negative, or longer than its row of the block table can hold; the
     /// length was clamped (`gather`: the rows outside are zero).
     pub const SEQ_LEN_OUT_OF_RANGE: Faults = Faults(1 << 2);
-    /// Query starts (of `gather`: `cu_seq_lens`) decreased, or pointed past the rows; the sequence
-    /// was skipped.
+    /// Query starts (of `gather`: `cu_seq_lens`) decreased, pointed past the rows, or were more than
+    /// `max_query_len` apart; the sequence was skipped.
     pub const QUERY_START_OUT_OF_RANGE: Faults = Faults(1 << 3);
 
     const NAMES: [(Faults, &'static str); 4] = [
