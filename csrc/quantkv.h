@@ -260,7 +260,8 @@ typedef struct quantkv_paged_attention {
   void *workspace;              /* device, aligned to 256 bytes */
   size_t workspace_bytes;
   int32_t plan_is_ready;        /* not 0: the workspace holds the plan of an earlier call (another layer of the same
-                                   step) with the same sizes, lengths and window; the scheduling kernel is not run */
+                                   step) with the same sizes, max_query_len, lengths and window; the scheduling
+                                   kernel is not run */
   int32_t kernel;               /* quantkv_attention_kernel */
   int64_t max_query_len;        /* the most queries of any sequence, or 0: not known. A sequence with more is skipped,
                                    with QUANTKV_FAULT_QUERY_START. Decode and speculative decoding that say so cost

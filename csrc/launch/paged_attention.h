@@ -1,7 +1,7 @@
 // paged_attention: which kernels take a call, where its plan and partial states lie, launches.
 //
 //   f32 activations, sm_75, odd shapes     portable kernel for everything
-//   else                                   decode kernel for sequences of at most 16 query rows a KV head,
+//   else                                   decode kernel for sequences of at most 8 or 16 query rows a KV head,
 //                                          prefill kernel for the others, on sm_90 its own where that can; or one of
 //                                          them if it is all there is
 #pragma once

@@ -502,7 +502,7 @@ pub struct quantkv_paged_attention {
     #[doc = "device, aligned to 256 bytes"]
     pub workspace: *mut ::core::ffi::c_void,
     pub workspace_bytes: usize,
-    #[doc = "not 0: the workspace holds the plan of an earlier call (another layer of the same\nstep) with the same sizes, lengths and window; the scheduling kernel is not run"]
+    #[doc = "not 0: the workspace holds the plan of an earlier call (another layer of the same\nstep) with the same sizes, max_query_len, lengths and window; the scheduling\nkernel is not run"]
     pub plan_is_ready: i32,
     #[doc = "quantkv_attention_kernel"]
     pub kernel: i32,

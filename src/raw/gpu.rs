@@ -286,8 +286,7 @@ pub(super) unsafe fn paged_attention<L: Library, T: Element>(
         AttentionKernel::TensorCore => QUANTKV_ATTENTION_TENSOR_CORE,
     };
     let (shape, num_seqs) = (op.shape, op.num_seqs());
-    // 0 is "not known" to the library.
-    let max_query_len = op.max_query_len.map_or(0, |most| int64(most.max(1)));
+    let max_query_len = int64(op.longest_query());
     let (num_heads, num_tokens, floats) = (op.num_heads, op.num_tokens, op.workspace.len);
     let op = quantkv_paged_attention {
         cache: abi::cache(&shape, halves, launch.faults)?,
