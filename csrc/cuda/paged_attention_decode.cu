@@ -12,13 +12,14 @@ template <> int launch_decode_of<Format::E5M2>(const AttentionParams &, const Wo
 template <> int launch_decode_of<Format::F16>(const AttentionParams &, const WorkList &, const Device &, void *);
 template <> int launch_decode_of<Format::BF16>(const AttentionParams &, const WorkList &, const Device &, void *);
 
-// Rows contiguous and, like blocks and heads, on 16 bytes; offsets inside a block fit 31 bits.
+// Rows contiguous and, like blocks and heads, on 16 bytes; blocks and offsets inside one fit 31 bits.
 static bool half_is_loadable(const quantkv_cache &cache, const quantkv_half &half) {
   const quantkv_address_map &map = half.map;
   const int64_t bytes = bytes_of(half);
   if (!row_is_contiguous(half) || reinterpret_cast<uintptr_t>(half.codes) % 16 != 0) return false;
   if (map.block_stride * bytes % 16 != 0 || map.head_stride * bytes % 16 != 0 || map.slot_stride * bytes % 16 != 0) return false;
   const int64_t limit = 0x7fffffff / bytes;
+  if (map.block_stride > limit) return false;
   return map.head_stride <= limit / cache.num_kv_heads - half.head_dim && map.slot_stride <= limit / cache.block_size / 2;
 }
 

@@ -10,7 +10,7 @@
 // Rows are the (query, query head) pairs of a piece, 8 * RowTiles at most. Lane 4g + t holds
 //   K   of tokens g and g + 8: every 4th run of kWidthK bytes. A product over d may take the channels in any order:
 //       what the hardware calls channels (2t, 2t+1, 2t+8, 2t+9) of a step are four that lie side by side in memory;
-//       q is loaded in the same order.
+//       q is loaded in the same order. Where rows are whole lines of L2, eight lanes have one: see multiply_lines().
 //   V   of tokens 2t, 2t+1, 2t+8, 2t+9: every 8th run of kWidthV bytes. V^T wants pairs of tokens of one channel: bytes
 //       of two tokens are interleaved by byte_permute before they are widened.
 //   S   of tokens g and g + 8, rows 2t and 2t + 1; P becomes the second product's operand by transpose_8x8
@@ -21,73 +21,13 @@
 // of 16 KiB (256 channels of 16 bits): two in flight would not fit, nor need they, since a warp has 6700 clocks for one.
 #pragma once
 #include "paged_attention_decode_merge.h"
-#include "paged_attention_decode_query.h"
-#include "paged_attention_decode_tiles.h"
+#include "paged_attention_decode_products.h"
 
 namespace quantkv {
 
 // Tiles of a warp's first piece that L2 is asked for while the kernel before this one ends. More come too early: they
 // take the bandwidth of the blocks that are not done.
 constexpr int kTilesAhead = 2;
-
-template <class Shape> QKV_DEVICE void mma_16816(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#if QKV_HAS_TENSOR_CORES
-  if constexpr (Shape::kBf16) mma_16816_bf16(c, a, b0, b1);
-  else mma_16816_f16(c, a, b0, b1);
-#endif
-}
-
-// c[row tile] = K q: tokens g, g + 8 x rows 2t, 2t + 1.
-template <Format F, class Shape, int RowTiles>
-QKV_DEVICE void multiply_keys(float (&c)[RowTiles][4], const DecodeTile<Shape> &tile, const DecodeQuery<Shape> &query) {
-  QKV_UNROLL
-  for (int i = 0; i < RowTiles; i++) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.0f;
-  QKV_UNROLL
-  for (int step = 0; step < Shape::kSteps; step++) {
-    uint32_t a[4];
-    if constexpr (is_quantized(F)) {
-      decode4_to_f16<F>(tile.k[0][step], a[0], a[2]);
-      decode4_to_f16<F>(tile.k[1][step], a[1], a[3]);
-    } else {
-      a[0] = tile.k[0][2 * step];
-      a[1] = tile.k[1][2 * step];
-      a[2] = tile.k[0][2 * step + 1];
-      a[3] = tile.k[1][2 * step + 1];
-    }
-    QKV_UNROLL
-    for (int i = 0; i < RowTiles; i++) {
-      const Words<2> b = query.q[i][step][lane_index()];
-      mma_16816<Shape>(c[i], a, b.w[0], b.w[1]);
-    }
-  }
-}
-
-// o += V^T p.
-template <Format F, class Shape, int RowTiles>
-QKV_DEVICE void multiply_values(float (&o)[RowTiles][Shape::kSteps][4], const DecodeTile<Shape> &tile,
-                                const uint32_t (&p)[RowTiles][2]) {
-  // Selectors of channels of a word: pairs (token, next token) of channels 0, 1 and 2, 3, or of channels 0 and 1.
-  constexpr uint32_t first = is_quantized(F) ? 0x5140 : 0x5410, second = is_quantized(F) ? 0x7362 : 0x7632;
-  QKV_UNROLL
-  for (int word = 0; word < Shape::kWordsV; word++) {
-    uint32_t low[2] = {byte_permute(tile.v[0][word], tile.v[1][word], first), byte_permute(tile.v[0][word], tile.v[1][word], second)};
-    uint32_t high[2] = {byte_permute(tile.v[2][word], tile.v[3][word], first), byte_permute(tile.v[2][word], tile.v[3][word], second)};
-    if constexpr (is_quantized(F)) {
-      QKV_UNROLL
-      for (int pair = 0; pair < 2; pair++) {
-        uint32_t a[4];
-        decode4_to_f16<F>(low[pair], a[0], a[1]);
-        decode4_to_f16<F>(high[pair], a[2], a[3]);
-        QKV_UNROLL
-        for (int i = 0; i < RowTiles; i++) mma_16816<Shape>(o[i][2 * word + pair], a, p[i][0], p[i][1]);
-      }
-    } else {
-      uint32_t a[4] = {low[0], low[1], high[0], high[1]};
-      QKV_UNROLL
-      for (int i = 0; i < RowTiles; i++) mma_16816<Shape>(o[i][word], a, p[i][0], p[i][1]);
-    }
-  }
-}
 
 // A row of O in shared memory: where channels `channel` and the next one (even, odd) are, of a row of kStride. They are
 // o[..][tile][0], [2] of the lanes 4g + t.
@@ -130,25 +70,33 @@ template <class Shape, int RowTiles> struct DecodeState {
 template <class Shape, int RowTiles, bool Dynamic>
 QKV_DEVICE void make_scores(float (&c)[RowTiles][4], const AttentionParams &params, const Piece &piece,
                             const DecodeTile<Shape> &tile, const DecodeQuery<Shape> &query) {
-  const int g = lane_index() / 4, t = lane_index() % 4;
+  const int t = lane_index() % 4;
   const bool has_slopes = params.op.alibi_slopes != nullptr, plain = params.cap == 0.0f && !has_slopes;
   QKV_UNROLL
   for (int i = 0; i < RowTiles; i++) {
+    const Words<2> factors = *reinterpret_cast<const Words<2> *>(&query.factor[8 * i + 2 * t]);
     QKV_UNROLL
     for (int j = 0; j < 4; j++) {
-      float product = c[i][j] * query.factor[8 * i + 2 * t + j % 2];
-      if constexpr (Dynamic) product *= tile.k_dynamic[j / 2];
-      c[i][j] = plain ? product * params.score_factor : score_of(params, product);
+      c[i][j] *= float_of(factors.w[j % 2]);
+      if constexpr (Dynamic) c[i][j] *= tile.k_dynamic[j / 2];
     }
   }
   if (plain && tile.whole) return;
-  const bool has[2] = {tile.halves.has(piece, tile.position, g), tile.halves.has(piece, tile.position, g + 8)};
+  if (params.cap != 0.0f) {
+    QKV_UNROLL
+    for (int i = 0; i < RowTiles; i++) {
+      QKV_UNROLL
+      for (int j = 0; j < 4; j++) c[i][j] = params.cap * tanh_of(c[i][j]);
+    }
+  }
+  const int tokens[2] = {Shape::score_token(0), Shape::score_token(1)};
+  const bool has[2] = {tile.halves.has(piece, tile.position, tokens[0]), tile.halves.has(piece, tile.position, tokens[1])};
   QKV_UNROLL
   for (int i = 0; i < RowTiles; i++) {
     QKV_UNROLL
     for (int j = 0; j < 4; j++) {
       const int row = 8 * i + 2 * t + j % 2, half = j / 2;
-      const int32_t position = query.position[row], key = tile.position + g + 8 * half;
+      const int32_t position = query.position[row], key = tile.position + tokens[half];
       if (has_slopes) c[i][j] += query.slope[row] * static_cast<float>(key - position);
       if (!has[half] || !visible_to(params, position)(key)) c[i][j] = negative_infinity();
     }
@@ -221,7 +169,7 @@ struct DecodeWork {
   bool started, found;
   Piece pieces[2];              // this one and the next, in turn
   int32_t whole_begin, whole_end; // positions every row of this piece sees
-  Words<2> offsets[2][kWarp];   // of each piece, a lane: DecodeTiles::offsets
+  Words<4> bases[2][kWarp];     // of each piece, a lane: DecodeTiles::bases
   int32_t blocks[kWarp];        // of the first batch of tiles of the next piece, a lane
   float k_scale[kWarp];         // of the next piece's head, the same for every lane
   float v_scale[2];             // of each piece's head, unless scales are by channel
@@ -370,13 +318,13 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
       pending->v_scale[piece.slot & 1] = v_scale;
     }
     begin_query(queries[slot], params, piece);
-    work.offsets[slot][lane_index()] = tiles.offsets();
+    work.bases[slot][lane_index()] = tiles.bases();
     work.blocks[lane_index()] = tiles.checked(entry, block);
     work.k_scale[lane_index()] = scale;
     if (lane_index() == 0) work.v_scale[slot] = v_scale;
   };
   auto load_first = [&](const Piece &piece, int slot) {
-    loader.aim(Tiles(params, piece), work.offsets[slot][lane_index()], work.blocks[lane_index()], 0);
+    loader.aim(params, work.bases[slot][lane_index()], piece.kv_head, work.blocks[lane_index()], 0, Tiles(params, piece).position(0));
     next.halves = loader.halves();
     loader.keys(k, next.k);
     if constexpr (!Shape::kNothingAhead) loader.values(v, next.v);
@@ -421,16 +369,22 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
       tile.position = tiles.position(n);
       tile.whole = tile.position >= work.whole_begin && tile.position + Shape::kTile <= work.whole_end && tile.halves.both();
       float c[RowTiles][4];
-      multiply_keys<F>(c, tile, query);
+      if constexpr (Shape::kWholeLines) multiply_lines<F>(c, tile, query);
+      else multiply_keys<F>(c, tile, query);
       if constexpr (Shape::kNothingAhead) loader.values(v, tile.v); // it still aims at this tile
       const bool is_last = n + 1 == tiles.count, load = !is_last || work.found;
+      int32_t blocks = 0, in_batch = 0, ahead = slot, position = tile.position + Shape::kWarps * Shape::kTile;
       if (is_last) {
-        if (load) loader.aim(Tiles(params, next_piece), work.offsets[slot ^ 1][lane_index()], work.blocks[lane_index()], 0);
+        blocks = work.blocks[lane_index()];
+        ahead = slot ^ 1;
+        position = Tiles(params, next_piece).position(0);
       } else {
-        if (((n + 1) & (tiles.batch() - 1)) == 0) tiles.begin_batch(n + 1);
-        loader.aim(tiles, work.offsets[slot][lane_index()], tiles.blocks, n + 1);
+        in_batch = (n + 1) & (tiles.batch() - 1);
+        if (in_batch == 0) tiles.begin_batch(n + 1);
+        blocks = tiles.blocks;
       }
       if (load) {
+        loader.aim(params, work.bases[ahead][lane_index()], work.pieces[ahead].kv_head, blocks, in_batch, position);
         next.halves = loader.halves();
         if constexpr (!Shape::kNothingAhead) loader.keys(k, next.k);
         if constexpr (Shape::kValuesAhead) loader.values(v, next.v);

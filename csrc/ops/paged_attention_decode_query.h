@@ -14,7 +14,7 @@ template <class Shape> struct DecodeQuery {
   static_assert(kRuns <= kLanes && kItems % kWarp == 0, "lanes that share a row are neighbours in a warp");
   alignas(16) uint16_t raw[Shape::kRows][Shape::kDim]; // as they come
   Words<2> q[Shape::kRowTiles][Shape::kSteps][kWarp];  // operands of lane 4g + t: row g of the tile, four channels
-  float factor[Shape::kRows];                          // a product times this is q . k
+  alignas(8) float factor[Shape::kRows];                          // a product times this is a score, but for the cap
   int32_t position[Shape::kRows];                      // of the row's query
   float slope[Shape::kRows];                           // ALiBi's of the row's head
 };
@@ -100,7 +100,7 @@ QKV_DEVICE void make_query(DecodeQuery<Shape> &out, const AttentionParams &param
       }
     }
     if (run == 0) {
-      out.factor[row] = inverse * (by_channel ? 1.0f : k_scale);
+      out.factor[row] = inverse * (by_channel ? 1.0f : k_scale) * params.score_factor;
       const int query = piece.query_of(row);
       out.position[row] = piece.first_position + query;
       out.slope[row] = row < piece.rows() ? alibi_slope(params, piece.first_head + row - query * piece.num_heads) : 0.0f;

@@ -35,18 +35,35 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   static constexpr int kWordsV = D * kElement / 32; // of one V row, a lane
   static constexpr int kSteps = D / 16;             // of S; also 16-channel tiles of O^T
   static constexpr bool kBf16 = F == Format::BF16;  // bf16 products; else f16
+  // K is loaded in whole lines of L2, eight lanes a line, where rows are whole lines and the product that it takes has
+  // registers for its sums: see multiply_lines().
+  static constexpr bool kWholeLines = RowTiles == 1 && D * kElement % kLine == 0;
+  static constexpr int kLines = D * kElement / kLine; // of a row
 
   // What a lane keeps: O, K, V, and what softmax needs. Two tiles of V (the one in use, the one on its way) are better,
   // where 3 blocks an SM have the registers for them. Measured limits: nothing spills.
   static constexpr int kKept = RowTiles * (kSteps * 4 + 12) + 2 * kWordsK + 4 * kWordsV + (Dynamic ? 8 : 0);
   static constexpr int kWithAhead = kKept + 4 * kWordsV;
-  static constexpr int kMostBlocks = kWithAhead <= 92 ? 4 : kWithAhead <= 120 || kKept <= 104 ? 3 : 2;
-  static constexpr bool kValuesAhead = kWithAhead <= (kMostBlocks == 3 ? 120 : 200);
+  static constexpr int kMostOfThree = RowTiles == 1 ? 120 : 136;
+  static constexpr int kMostBlocks = kWithAhead <= 92 ? 4 : kWithAhead <= kMostOfThree || kKept <= 104 ? 3 : 2;
+  static constexpr bool kValuesAhead = kWithAhead <= (kMostBlocks == 3 ? kMostOfThree : 200);
   // Not even K of the next tile beside V of this one: V is asked for when K is used up, and the other way round.
   static constexpr bool kNothingAhead = kKept > 200;
   // Where there are registers to spare beside a tile on its way, the next piece is looked for between two tiles.
   static constexpr bool kLooksLate = kWithAhead <= 184;
   static constexpr bool kFits = kKept <= 204;
+
+  // Which token of the tile this lane's scores c[2 * pair], c[2 * pair + 1] are of.
+  static QKV_DEVICE int score_token(int pair) {
+    const int g = lane_index() / 4;
+    return kWholeLines ? g % 2 * 8 + g / 2 + 4 * pair : g + 8 * pair;
+  }
+  // Which token this lane's row `row` of V is. Rows 0 .. 3 meet the weights of c's rows 2t, 2t + 1, 2t + 8, 2t + 9.
+  static QKV_DEVICE int value_token(int row) {
+    const int t = lane_index() % 4;
+    return kWholeLines ? t + 8 * (row % 2) + 4 * (row / 2) : 2 * t + row % 2 + 8 * (row / 2);
+  }
+
   // Before Hopper addresses and conversions take a few registers more.
   static constexpr int blocks_on(int compute_capability) {
     return compute_capability >= 90 || kMostBlocks == 1 ? kMostBlocks : kMostBlocks - 1;
@@ -58,7 +75,7 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   static constexpr int kSharedBytes = 4 * kWarps * kRows * (kStride + 2);
 };
 
-// The tiles one warp attends to in a piece, and where they lie. Offsets inside a block fit 32 bits.
+// The tiles one warp attends to in a piece, and where they lie. Blocks and offsets inside a block fit 32 bits.
 template <class Shape> struct DecodeTiles {
   const AttentionParams &params;
   const Piece &piece;           // in shared memory
@@ -73,12 +90,17 @@ template <class Shape> struct DecodeTiles {
     count = (end - first + Shape::kWarps - 1) / Shape::kWarps;
   }
 
-  // Bytes from a block's first row to this lane's part of row g of K, and of row 2t of V.
-  QKV_DEVICE Words<2> offsets() const {
-    const quantkv_cache &cache = params.op.cache;
+  // This lane's part of its first row of K and of V in block 0 of the piece's head: addresses, low word first.
+  QKV_DEVICE Words<4> bases() const {
     const uint32_t lane = forget(lane_index()), g = lane / 4, t = lane % 4;
-    return {{bytes(piece.kv_head * cache.k.map.head_stride + g * cache.k.map.slot_stride) + t * Shape::kWidthK,
-             bytes(piece.kv_head * cache.v.map.head_stride + 2 * t * cache.v.map.slot_stride) + g * Shape::kWidthV}};
+    const quantkv_cache &cache = params.op.cache;
+    const uint64_t k = base(cache.k, Shape::kWholeLines ? lane / 8 : g, (Shape::kWholeLines ? lane % 8 : t) * Shape::kWidthK);
+    const uint64_t v = base(cache.v, Shape::kWholeLines ? t : 2 * t, g * Shape::kWidthV);
+    return {{static_cast<uint32_t>(k), static_cast<uint32_t>(k >> 32), static_cast<uint32_t>(v), static_cast<uint32_t>(v >> 32)}};
+  }
+
+  QKV_DEVICE uint64_t base(const quantkv_half &half, uint32_t row, uint32_t part) const {
+    return reinterpret_cast<uint64_t>(half.codes) + bytes(piece.kv_head * half.map.head_stride + row * half.map.slot_stride) + part;
   }
 
   static QKV_DEVICE uint32_t bytes(int64_t elements) { return static_cast<uint32_t>(elements) * Shape::kElement; }
@@ -171,53 +193,88 @@ template <int Width, int Words, int Lanes> QKV_DEVICE void load_row(uint32_t (&o
 template <class Shape> struct TileLoader {
   int32_t low, high;        // blocks of tokens 0-7 and 8-15; negative: not in the cache
   uint32_t slot, slot_high; // of token 0, of token 8
-  Words<2> offsets;
   int32_t kv_head;
+  uint64_t k[2], v[2];      // addresses of this lane's first row in each half tile
 
-  // Tile n of a piece, with the blocks of its batch.
-  QKV_DEVICE void aim(const DecodeTiles<Shape> &tiles, Words<2> lane_offsets, int32_t batch_blocks, int32_t n) {
-    const bool halved = tiles.halved();
-    const int32_t in_batch = n & (tiles.batch() - 1);
-    low = shuffle(batch_blocks, halved ? 2 * in_batch : in_batch);
-    high = shuffle(batch_blocks, halved ? 2 * in_batch + 1 : in_batch);
-    slot = tiles.position(n) & ((1u << tiles.params.paging.block_shift) - 1);
-    slot_high = halved ? 0 : slot + 8;
-    offsets = lane_offsets;
-    kv_head = tiles.piece.kv_head;
+  // The tile at `position` of a piece of `kv_head`, number `in_batch` of those that the lanes' `batch_blocks` are for.
+  QKV_DEVICE void aim(const AttentionParams &params, const Words<4> &bases, int32_t head, int32_t batch_blocks, int32_t in_batch,
+                      int32_t position) {
+    const quantkv_cache &cache = params.op.cache;
+    const bool halved = params.paging.block_shift == 3;
+    low = high = shuffle(batch_blocks, halved ? 2 * in_batch : in_batch);
+    slot = position & ((1u << params.paging.block_shift) - 1);
+    slot_high = slot + 8;
+    kv_head = head;
+    const uint64_t k_base = static_cast<uint64_t>(bases.w[1]) << 32 | bases.w[0], v_base = static_cast<uint64_t>(bases.w[3]) << 32 | bases.w[2];
+    k[0] = row(k_base, cache.k, low, slot);
+    v[0] = row(v_base, cache.v, low, slot);
+    k[1] = k[0] + 8 * slot_bytes(cache.k);
+    v[1] = v[0] + 8 * slot_bytes(cache.v);
+    if (halved) {
+      high = shuffle(batch_blocks, 2 * in_batch + 1);
+      slot_high = 0;
+      k[1] = row(k_base, cache.k, high, 0);
+      v[1] = row(v_base, cache.v, high, 0);
+    }
+  }
+
+  static QKV_DEVICE uint32_t slot_bytes(const quantkv_half &half) { return DecodeTiles<Shape>::bytes(half.map.slot_stride); }
+
+  static QKV_DEVICE uint64_t row(uint64_t base, const quantkv_half &half, int32_t block, uint32_t slot) {
+    const uint32_t index = static_cast<uint32_t>(larger_of(block, 0)), block_bytes = DecodeTiles<Shape>::bytes(half.map.block_stride);
+    return base + static_cast<uint64_t>(index) * block_bytes + static_cast<uint64_t>(slot) * slot_bytes(half);
   }
 
   QKV_DEVICE TileHalves halves() const { return {(low >= 0 ? 1 : 0) | (high >= 0 ? 2 : 0)}; }
 
-  // The row of a half tile's first token, with a lane's offset.
-  QKV_DEVICE const unsigned char *row(const quantkv_half &half, bool upper, uint32_t offset) const {
-    const int64_t block = larger_of(upper ? high : low, 0);
-    const uint32_t inside = offset + (upper ? slot_high : slot) * DecodeTiles<Shape>::bytes(half.map.slot_stride);
-    return static_cast<const unsigned char *>(half.codes) + block * (half.map.block_stride * Shape::kElement) + inside;
-  }
-
-  // Tokens g, g + 8.
-  QKV_DEVICE void keys(const quantkv_half &k, uint32_t (&out)[2][Shape::kWordsK]) const {
-    QKV_UNROLL
-    for (int i = 0; i < 2; i++) load_row<Shape::kWidthK, Shape::kWordsK, 4>(out[i], row(k, i == 1, offsets.w[0]));
-  }
-
-  // Tokens 2t, 2t + 1, 2t + 8, 2t + 9.
-  QKV_DEVICE void values(const quantkv_half &v, uint32_t (&out)[4][Shape::kWordsV]) const {
-    QKV_UNROLL
-    for (int i = 0; i < 2; i++) {
-      const unsigned char *first = row(v, i == 1, offsets.w[1]);
-      load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[2 * i], first);
-      load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[2 * i + 1], first + DecodeTiles<Shape>::bytes(v.map.slot_stride));
+  // Tokens g, g + 8. Or whole lines, of each half tile those of tokens lane / 8 and lane / 8 + 4: four words of the one,
+  // four of the other, and so on from line to line.
+  QKV_DEVICE void keys(const quantkv_half &half, uint32_t (&out)[2][Shape::kWordsK]) const {
+    if constexpr (Shape::kWholeLines) {
+      QKV_UNROLL
+      for (int i = 0; i < 2; i++) {
+        const uint64_t second = k[i] + 4 * slot_bytes(half);
+        QKV_UNROLL
+        for (int line = 0; line < Shape::kLines; line++) {
+          const Words<4> a = load_stream(reinterpret_cast<const Words<4> *>(k[i] + line * kLine));
+          const Words<4> b = load_stream(reinterpret_cast<const Words<4> *>(second + line * kLine));
+          QKV_UNROLL
+          for (int j = 0; j < 4; j++) {
+            out[i][8 * line + j] = a.w[j];
+            out[i][8 * line + 4 + j] = b.w[j];
+          }
+        }
+      }
+    } else {
+      QKV_UNROLL
+      for (int i = 0; i < 2; i++) load_row<Shape::kWidthK, Shape::kWordsK, 4>(out[i], reinterpret_cast<const unsigned char *>(k[i]));
     }
   }
 
-  // Scales of tokens g, g + 8.
+  // Tokens value_token(0 .. 3) of the lane.
+  QKV_DEVICE void values(const quantkv_half &half, uint32_t (&out)[4][Shape::kWordsV]) const {
+    QKV_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const auto *first = reinterpret_cast<const unsigned char *>(v[i]);
+      if constexpr (Shape::kWholeLines) {
+        load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[i], first);
+        load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[2 + i], first + 4 * slot_bytes(half));
+      } else {
+        load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[2 * i], first);
+        load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[2 * i + 1], first + slot_bytes(half));
+      }
+    }
+  }
+
+  // Scales of the tokens of this lane's scores.
   QKV_DEVICE void scales(const AttentionParams &params, float (&k)[2], float (&v)[2]) const {
     const quantkv_cache &cache = params.op.cache;
     QKV_UNROLL
     for (int i = 0; i < 2; i++) {
-      const int64_t index = dynamic_scale_index(params.paging, larger_of(i ? high : low, 0), kv_head,
-                                                (i ? slot_high : slot) + lane_index() / 4);
+      const int32_t token = Shape::score_token(i);
+      const bool upper = token >= 8;
+      const int64_t index = dynamic_scale_index(params.paging, larger_of(upper ? high : low, 0), kv_head,
+                                                (upper ? slot_high : slot) + token % 8);
       k[i] = cache.k.dynamic != nullptr ? cache.k.dynamic[index] : 1.0f;
       v[i] = cache.v.dynamic != nullptr ? cache.v.dynamic[index] : 1.0f;
     }
@@ -235,16 +292,15 @@ template <class Shape> struct DecodeTile {
   // Zeroes what no product may meet: values of tokens the piece does not have, whatever bits are there. Their weight is
   // zero, but zero times NaN is not. (Their keys do no harm: the score is replaced.)
   QKV_DEVICE void drop_missing(const Piece &piece) {
-    const int g = lane_index() / 4, t = lane_index() % 4;
     QKV_UNROLL
     for (int row = 0; row < 4; row++) {
-      if (halves.has(piece, position, 8 * (row / 2) + 2 * t + row % 2)) continue;
+      if (halves.has(piece, position, Shape::value_token(row))) continue;
       QKV_UNROLL
       for (int i = 0; i < Shape::kWordsV; i++) v[row][i] = 0;
     }
     QKV_UNROLL
     for (int half = 0; half < 2; half++) {
-      if (!halves.has(piece, position, 8 * half + g)) v_dynamic[half] = kSmallestScale;
+      if (!halves.has(piece, position, Shape::score_token(half))) v_dynamic[half] = kSmallestScale;
     }
   }
 };
