@@ -39,14 +39,14 @@ template <class Shape> QKV_DEVICE int shared_pair(int channel) {
 }
 
 // Softmax state of a warp: rows 2t, 2t + 1 of each row tile. Sums are of this lane's tokens alone.
-template <class Shape, int RowTiles> struct DecodeState {
-  float o[RowTiles][Shape::kSteps][4];
-  float max[RowTiles][2], sum[RowTiles][2];
+template <class Shape> struct DecodeState {
+  float o[Shape::kRowTiles][Shape::kSteps][4];
+  float max[Shape::kRowTiles][2], sum[Shape::kRowTiles][2];
   float v_unit; // power of two that o is relative to (dynamic scales of V)
 
   QKV_DEVICE DecodeState() : v_unit(kSmallestScale) {
     QKV_UNROLL
-    for (int i = 0; i < RowTiles; i++) {
+    for (int i = 0; i < Shape::kRowTiles; i++) {
       max[i][0] = max[i][1] = negative_infinity();
       sum[i][0] = sum[i][1] = 0.0f;
       QKV_UNROLL
@@ -67,68 +67,77 @@ template <class Shape, int RowTiles> struct DecodeState {
 
 // Products to scores in base 2; what a row does not see becomes -inf. What every launch runs once or twice, for the tile
 // that a sequence ends in, must be few instructions: the first time they cost 10 to 20 clocks each.
-template <class Shape, int RowTiles, bool Dynamic>
-QKV_DEVICE void make_scores(float (&c)[RowTiles][4], const AttentionParams &params, const Piece &piece,
-                            const DecodeTile<Shape> &tile, const DecodeQuery<Shape> &query) {
+template <class Shape>
+QKV_DEVICE void make_scores(float (&c)[Shape::kRowTiles][4], const AttentionParams &params, const Piece &piece,
+                            const DecodeTile<Shape> &tile, int part, const DecodeQuery<Shape> &query) {
+  const TilePart<Shape> &own = tile.parts[part];
   const int t = lane_index() % 4;
   const bool has_slopes = params.op.alibi_slopes != nullptr, plain = params.cap == 0.0f && !has_slopes;
   QKV_UNROLL
-  for (int i = 0; i < RowTiles; i++) {
+  for (int i = 0; i < Shape::kRowTiles; i++) {
     const Words<2> factors = *reinterpret_cast<const Words<2> *>(&query.factor[8 * i + 2 * t]);
     QKV_UNROLL
     for (int j = 0; j < 4; j++) {
       c[i][j] *= float_of(factors.w[j % 2]);
-      if constexpr (Dynamic) c[i][j] *= tile.k_dynamic[j / 2];
+      if constexpr (Shape::kDynamic) c[i][j] *= own.k_dynamic[j / 2];
     }
   }
   if (plain && tile.whole) return;
   if (params.cap != 0.0f) {
     QKV_UNROLL
-    for (int i = 0; i < RowTiles; i++) {
+    for (int i = 0; i < Shape::kRowTiles; i++) {
       QKV_UNROLL
       for (int j = 0; j < 4; j++) c[i][j] = params.cap * tanh_of(c[i][j]);
     }
   }
+  const int32_t position = tile.position + part * Shape::kPart;
   const int tokens[2] = {Shape::score_token(0), Shape::score_token(1)};
-  const bool has[2] = {tile.halves.has(piece, tile.position, tokens[0]), tile.halves.has(piece, tile.position, tokens[1])};
+  const bool has[2] = {own.halves.has(piece, position, tokens[0]), own.halves.has(piece, position, tokens[1])};
   QKV_UNROLL
-  for (int i = 0; i < RowTiles; i++) {
+  for (int i = 0; i < Shape::kRowTiles; i++) {
     QKV_UNROLL
     for (int j = 0; j < 4; j++) {
-      const int row = 8 * i + 2 * t + j % 2, half = j / 2;
-      const int32_t position = query.position[row], key = tile.position + tokens[half];
-      if (has_slopes) c[i][j] += query.slope[row] * static_cast<float>(key - position);
-      if (!has[half] || !visible_to(params, position)(key)) c[i][j] = negative_infinity();
+      const int row = 8 * i + 2 * t + j % 2, pair = j / 2;
+      const int32_t query_position = query.position[row], key = position + tokens[pair];
+      if (has_slopes) c[i][j] += query.slope[row] * static_cast<float>(key - query_position);
+      if (!has[pair] || !visible_to(params, query_position)(key)) c[i][j] = negative_infinity();
     }
   }
 }
 
-// Scores to weights, relative to a maximum that may grow; p is the operand of the second product.
-template <class Shape, int RowTiles, bool Dynamic>
-QKV_DEVICE void make_weights(uint32_t (&p)[RowTiles][2], const float (&c)[RowTiles][4], DecodeState<Shape, RowTiles> &state,
-                             const DecodeTile<Shape> &tile) {
-  float v_factor[2] = {1.0f, 1.0f};
-  if constexpr (Dynamic) {
-    // Weights are multiplied by V's scales relative to the largest power of two met, which keeps them in f16.
-    float largest = maximum(tile.v_dynamic[0], tile.v_dynamic[1]);
-    if (any(largest > state.v_unit)) {
-      QKV_UNROLL
-      for (int mask = 4; mask < 32; mask *= 2) largest = maximum(largest, shuffle_xor(largest, mask));
-      // The power of two at or below the largest scale: scales are normal, so it is, too.
-      float unit = float_of(bits_of(largest) & 0x7f800000u);
-      if (unit > state.v_unit) {
-        float factor = divide(state.v_unit, unit);
-        QKV_UNROLL
-        for (int i = 0; i < RowTiles; i++) state.rescale(i, factor, factor);
-        state.v_unit = unit;
-      }
-    }
-    v_factor[0] = divide(tile.v_dynamic[0], state.v_unit);
-    v_factor[1] = divide(tile.v_dynamic[1], state.v_unit);
-  }
+// Weights are multiplied by V's scales relative to the largest power of two met, which keeps them in f16. Makes it that.
+template <class Shape> QKV_DEVICE void follow_scales(DecodeState<Shape> &state, const DecodeTile<Shape> &tile) {
+  float largest = 0.0f;
   QKV_UNROLL
-  for (int i = 0; i < RowTiles; i++) {
-    float first = maximum(c[i][0], c[i][2]), second = maximum(c[i][1], c[i][3]);
+  for (int part = 0; part < Shape::kParts; part++) {
+    largest = maximum(largest, maximum(tile.parts[part].v_dynamic[0], tile.parts[part].v_dynamic[1]));
+  }
+  if (!any(largest > state.v_unit)) return;
+  QKV_UNROLL
+  for (int mask = 4; mask < 32; mask *= 2) largest = maximum(largest, shuffle_xor(largest, mask));
+  // The power of two at or below the largest scale: scales are normal, so it is, too.
+  const float unit = float_of(bits_of(largest) & 0x7f800000u);
+  if (unit > state.v_unit) {
+    const float factor = divide(state.v_unit, unit);
+    QKV_UNROLL
+    for (int i = 0; i < Shape::kRowTiles; i++) state.rescale(i, factor, factor);
+    state.v_unit = unit;
+  }
+}
+
+// Scores to weights, relative to a maximum that may grow; p is the operand of the second product.
+template <class Shape>
+QKV_DEVICE void make_weights(uint32_t (&p)[Shape::kParts][Shape::kRowTiles][2], const float (&c)[Shape::kParts][Shape::kRowTiles][4],
+                             DecodeState<Shape> &state, const DecodeTile<Shape> &tile) {
+  if constexpr (Shape::kDynamic) follow_scales(state, tile);
+  QKV_UNROLL
+  for (int i = 0; i < Shape::kRowTiles; i++) {
+    float first = maximum(c[0][i][0], c[0][i][2]), second = maximum(c[0][i][1], c[0][i][3]);
+    QKV_UNROLL
+    for (int part = 1; part < Shape::kParts; part++) {
+      first = maximum(first, maximum(c[part][i][0], c[part][i][2]));
+      second = maximum(second, maximum(c[part][i][1], c[part][i][3]));
+    }
     QKV_UNROLL
     for (int mask = 4; mask < 32; mask *= 2) {
       first = maximum(first, shuffle_xor(first, mask));
@@ -145,19 +154,24 @@ QKV_DEVICE void make_weights(uint32_t (&p)[RowTiles][2], const float (&c)[RowTil
       state.max[i][0] = first;
       state.max[i][1] = second;
     }
-    float reference0 = softmax_reference(first), reference1 = softmax_reference(second);
-    float e[4] = {exp2_approx(c[i][0] - reference0), exp2_approx(c[i][1] - reference1), exp2_approx(c[i][2] - reference0),
-                  exp2_approx(c[i][3] - reference1)};
-    state.sum[i][0] += e[0] + e[2];
-    state.sum[i][1] += e[1] + e[3];
+    const float reference0 = softmax_reference(first), reference1 = softmax_reference(second);
     QKV_UNROLL
-    for (int half = 0; half < 2; half++) {
-      float x = e[2 * half], y = e[2 * half + 1];
-      if constexpr (Dynamic) {
-        x *= v_factor[half];
-        y *= v_factor[half];
+    for (int part = 0; part < Shape::kParts; part++) {
+      const float(&score)[4] = c[part][i];
+      const float e[4] = {exp2_approx(score[0] - reference0), exp2_approx(score[1] - reference1),
+                          exp2_approx(score[2] - reference0), exp2_approx(score[3] - reference1)};
+      state.sum[i][0] += e[0] + e[2];
+      state.sum[i][1] += e[1] + e[3];
+      QKV_UNROLL
+      for (int pair = 0; pair < 2; pair++) {
+        float x = e[2 * pair], y = e[2 * pair + 1];
+        if constexpr (Shape::kDynamic) {
+          const float factor = divide(tile.parts[part].v_dynamic[pair], state.v_unit);
+          x *= factor;
+          y *= factor;
+        }
+        p[part][i][pair] = transpose_8x8(Shape::kBf16 ? pack_bf16(x, y) : pack_f16(x, y));
       }
-      p[i][half] = transpose_8x8(Shape::kBf16 ? pack_bf16(x, y) : pack_f16(x, y));
     }
   }
 }
@@ -203,11 +217,11 @@ struct DecodeWork {
 };
 
 // A warp's state to shared memory: O [warps, rows, kStride], (max, sum) [warps, rows].
-template <class Shape, int RowTiles> QKV_DEVICE void share_state(DecodeState<Shape, RowTiles> &state, float *shared) {
+template <class Shape> QKV_DEVICE void share_state(DecodeState<Shape> &state, float *shared) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   float *states = shared + Shape::kWarps * Shape::kRows * Shape::kStride;
   QKV_UNROLL
-  for (int i = 0; i < RowTiles; i++) {
+  for (int i = 0; i < Shape::kRowTiles; i++) {
     QKV_UNROLL
     for (int j = 0; j < 2; j++) {
       float sum = state.sum[i][j];
@@ -303,7 +317,7 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
   DecodeWork &work = works[warp_index()];
   const quantkv_half &k = params.op.cache.k, &v = params.op.cache.v;
   DecodeTile<Shape> next; // the tile on its way
-  TileLoader<Shape> loader;
+  PartLoader<Shape> loaders[Shape::kParts];
   // What can be asked for as soon as a piece is known, and its first tile. Loads first, then what waits for them.
   auto begin_piece = [&](const Piece &piece, int slot) {
     const Tiles tiles(params, piece);
@@ -323,12 +337,35 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     work.k_scale[lane_index()] = scale;
     if (lane_index() == 0) work.v_scale[slot] = v_scale;
   };
+  // Aims at a tile of the piece in `slot`, number `in_batch` of those that the lanes' `blocks` are for; asks for all of it,
+  // but for values if they are to come later.
+  auto aim = [&](int slot, int32_t blocks, int32_t in_batch, int32_t position) {
+    QKV_UNROLL
+    for (int i = 0; i < Shape::kParts; i++) {
+      loaders[i].aim(params, work.bases[slot][lane_index()], work.pieces[slot].kv_head, blocks, in_batch * Shape::kParts + i,
+                     position + i * Shape::kPart);
+      next.parts[i].halves = loaders[i].halves();
+    }
+  };
+  auto load_keys = [&] {
+    QKV_UNROLL
+    for (int i = 0; i < Shape::kParts; i++) loaders[i].keys(k, next.parts[i].k);
+  };
+  auto load_values = [&](DecodeTile<Shape> &tile) {
+    QKV_UNROLL
+    for (int i = 0; i < Shape::kParts; i++) loaders[i].values(v, tile.parts[i].v);
+  };
+  auto load_scales = [&] {
+    if constexpr (Dynamic) {
+      QKV_UNROLL
+      for (int i = 0; i < Shape::kParts; i++) loaders[i].scales(params, next.parts[i].k_dynamic, next.parts[i].v_dynamic);
+    }
+  };
   auto load_first = [&](const Piece &piece, int slot) {
-    loader.aim(params, work.bases[slot][lane_index()], piece.kv_head, work.blocks[lane_index()], 0, Tiles(params, piece).position(0));
-    next.halves = loader.halves();
-    loader.keys(k, next.k);
-    if constexpr (!Shape::kNothingAhead) loader.values(v, next.v);
-    if constexpr (Dynamic) loader.scales(params, next.k_dynamic, next.v_dynamic);
+    aim(slot, work.blocks[lane_index()], 0, Tiles(params, piece).position(0));
+    load_keys();
+    if constexpr (!Shape::kNothingAhead) load_values(next);
+    load_scales();
   };
   work.begin();
   if (thread_index() == 0) pending->begin();
@@ -356,22 +393,25 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     tiles.next_blocks = work.blocks[lane_index()];
     tiles.begin_batch(0);
     work.set_whole(params, piece);
-    if (piece.merge >= 0 && thread_index() == Shape::kThreads - 1) pending->prepare(params, list, piece.slot & 1);
+    if (piece.merge >= 0 && thread_index() == Shape::kThreads - 1) pending->prepare(params, list, piece.slot & 1, Shape::kRowTiles == 1 ? 36 : 16);
     // The next piece, once loads of this one's second tile are on their way; if there is none, now.
     if ((tiles.count < 2 || !Shape::kLooksLate) && work.next(params, list, slot ^ 1)) {
       begin_piece(next_piece, slot ^ 1);
       if (tiles.count == 0) load_first(next_piece, slot ^ 1);
     }
 
-    DecodeState<Shape, RowTiles> state;
+    DecodeState<Shape> state;
     for (int32_t n = 0; n < tiles.count; n++) {
       DecodeTile<Shape> tile = next;
       tile.position = tiles.position(n);
-      tile.whole = tile.position >= work.whole_begin && tile.position + Shape::kTile <= work.whole_end && tile.halves.both();
-      float c[RowTiles][4];
-      if constexpr (Shape::kWholeLines) multiply_lines<F>(c, tile, query);
-      else multiply_keys<F>(c, tile, query);
-      if constexpr (Shape::kNothingAhead) loader.values(v, tile.v); // it still aims at this tile
+      tile.whole = tile.position >= work.whole_begin && tile.position + Shape::kTile <= work.whole_end && tile.has_all_halves();
+      float c[Shape::kParts][RowTiles][4];
+      QKV_UNROLL
+      for (int i = 0; i < Shape::kParts; i++) {
+        if constexpr (Shape::kWholeLines) multiply_lines<F>(c[i], tile.parts[i], query);
+        else multiply_keys<F>(c[i], tile.parts[i], query);
+      }
+      if constexpr (Shape::kNothingAhead) load_values(tile); // loaders still aim at this tile
       const bool is_last = n + 1 == tiles.count, load = !is_last || work.found;
       int32_t blocks = 0, in_batch = 0, ahead = slot, position = tile.position + Shape::kWarps * Shape::kTile;
       if (is_last) {
@@ -384,21 +424,25 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
         blocks = tiles.blocks;
       }
       if (load) {
-        loader.aim(params, work.bases[ahead][lane_index()], work.pieces[ahead].kv_head, blocks, in_batch, position);
-        next.halves = loader.halves();
-        if constexpr (!Shape::kNothingAhead) loader.keys(k, next.k);
-        if constexpr (Shape::kValuesAhead) loader.values(v, next.v);
-        if constexpr (Dynamic) loader.scales(params, next.k_dynamic, next.v_dynamic);
+        aim(ahead, blocks, in_batch, position);
+        if constexpr (!Shape::kNothingAhead) load_keys();
+        if constexpr (Shape::kValuesAhead) load_values(next);
+        load_scales();
       }
-      if (!tile.whole) tile.drop_missing(piece);
-      make_scores<Shape, RowTiles, Dynamic>(c, params, piece, tile, query);
-      uint32_t p[RowTiles][2];
-      make_weights<Shape, RowTiles, Dynamic>(p, c, state, tile);
-      multiply_values<F>(state.o, tile, p);
+      if (!tile.whole) {
+        QKV_UNROLL
+        for (int i = 0; i < Shape::kParts; i++) tile.parts[i].drop_missing(piece, tile.position + i * Shape::kPart);
+      }
+      QKV_UNROLL
+      for (int i = 0; i < Shape::kParts; i++) make_scores(c[i], params, piece, tile, i, query);
+      uint32_t p[Shape::kParts][RowTiles][2];
+      make_weights(p, c, state, tile);
+      QKV_UNROLL
+      for (int i = 0; i < Shape::kParts; i++) multiply_values<F>(state.o, tile.parts[i], p[i]);
       if constexpr (!Shape::kValuesAhead) {
         if (load) {
-          if constexpr (Shape::kNothingAhead) loader.keys(k, next.k);
-          else loader.values(v, next.v);
+          if constexpr (Shape::kNothingAhead) load_keys();
+          else load_values(next);
         }
       }
       if constexpr (Shape::kLooksLate) {

@@ -15,20 +15,20 @@ template <class Shape> QKV_DEVICE void mma_16816(float (&c)[4], const uint32_t (
 
 // c[row tile] = K q: tokens g, g + 8 x rows 2t, 2t + 1.
 template <Format F, class Shape, int RowTiles>
-QKV_DEVICE void multiply_keys(float (&c)[RowTiles][4], const DecodeTile<Shape> &tile, const DecodeQuery<Shape> &query) {
+QKV_DEVICE void multiply_keys(float (&c)[RowTiles][4], const TilePart<Shape> &part, const DecodeQuery<Shape> &query) {
   QKV_UNROLL
   for (int i = 0; i < RowTiles; i++) c[i][0] = c[i][1] = c[i][2] = c[i][3] = 0.0f;
   QKV_UNROLL
   for (int step = 0; step < Shape::kSteps; step++) {
     uint32_t a[4];
     if constexpr (is_quantized(F)) {
-      decode4_to_f16<F>(tile.k[0][step], a[0], a[2]);
-      decode4_to_f16<F>(tile.k[1][step], a[1], a[3]);
+      decode4_to_f16<F>(part.k[0][step], a[0], a[2]);
+      decode4_to_f16<F>(part.k[1][step], a[1], a[3]);
     } else {
-      a[0] = tile.k[0][2 * step];
-      a[1] = tile.k[1][2 * step];
-      a[2] = tile.k[0][2 * step + 1];
-      a[3] = tile.k[1][2 * step + 1];
+      a[0] = part.k[0][2 * step];
+      a[1] = part.k[1][2 * step];
+      a[2] = part.k[0][2 * step + 1];
+      a[3] = part.k[1][2 * step + 1];
     }
     QKV_UNROLL
     for (int i = 0; i < RowTiles; i++) {
@@ -38,14 +38,14 @@ QKV_DEVICE void multiply_keys(float (&c)[RowTiles][4], const DecodeTile<Shape> &
   }
 }
 
-// The same of K in whole lines. What the product takes for token g is a token of the lower half tile in one product and of
-// the upper one in another: token g / 2, the first half of each line's channels if g is even, the second if it is odd; for
+// The same of K in whole lines. What the product takes for token g is a token of the lower half in one product and of the
+// upper one in another: token g / 2, the first half of each line's channels if g is even, the second if it is odd; for
 // token g + 8 likewise token g / 2 + 4. So each is multiplied by both halves of q, of which one is the lane's, and lanes of
-// a token (neighbours in g) add up what they have: the even one of the lower half tile, the odd one of the upper.
+// a token (neighbours in g) add up what they have: the even one of the lower half, the odd one of the upper.
 template <Format F, class Shape>
-QKV_DEVICE void multiply_lines(float (&c)[1][4], const DecodeTile<Shape> &tile, const DecodeQuery<Shape> &query) {
+QKV_DEVICE void multiply_lines(float (&c)[1][4], const TilePart<Shape> &part, const DecodeQuery<Shape> &query) {
   constexpr int kStepsHere = Shape::kSteps / Shape::kLines / 2, kWordsAStep = 4 / kStepsHere; // of half a line
-  float sums[2][2][4]; // [half tile][half of the channels]
+  float sums[2][2][4]; // [half of the tokens][half of the channels]
   QKV_UNROLL
   for (int i = 0; i < 2; i++) {
     QKV_UNROLL
@@ -54,7 +54,7 @@ QKV_DEVICE void multiply_lines(float (&c)[1][4], const DecodeTile<Shape> &tile, 
     for (int line = 0; line < Shape::kLines; line++) {
       QKV_UNROLL
       for (int step = 0; step < kStepsHere; step++) {
-        const uint32_t *row = &tile.k[i][8 * line + kWordsAStep * step], *row8 = row + 4;
+        const uint32_t *row = &part.k[i][8 * line + kWordsAStep * step], *row8 = row + 4;
         uint32_t a[4];
         if constexpr (is_quantized(F)) {
           decode4_to_f16<F>(row[0], a[0], a[2]);
@@ -83,14 +83,14 @@ QKV_DEVICE void multiply_lines(float (&c)[1][4], const DecodeTile<Shape> &tile, 
 
 // o += V^T p.
 template <Format F, class Shape, int RowTiles>
-QKV_DEVICE void multiply_values(float (&o)[RowTiles][Shape::kSteps][4], const DecodeTile<Shape> &tile,
+QKV_DEVICE void multiply_values(float (&o)[RowTiles][Shape::kSteps][4], const TilePart<Shape> &part,
                                 const uint32_t (&p)[RowTiles][2]) {
   // Selectors of channels of a word: pairs (token, next token) of channels 0, 1 and 2, 3, or of channels 0 and 1.
   constexpr uint32_t first = is_quantized(F) ? 0x5140 : 0x5410, second = is_quantized(F) ? 0x7362 : 0x7632;
   QKV_UNROLL
   for (int word = 0; word < Shape::kWordsV; word++) {
-    uint32_t low[2] = {byte_permute(tile.v[0][word], tile.v[1][word], first), byte_permute(tile.v[0][word], tile.v[1][word], second)};
-    uint32_t high[2] = {byte_permute(tile.v[2][word], tile.v[3][word], first), byte_permute(tile.v[2][word], tile.v[3][word], second)};
+    uint32_t low[2] = {byte_permute(part.v[0][word], part.v[1][word], first), byte_permute(part.v[0][word], part.v[1][word], second)};
+    uint32_t high[2] = {byte_permute(part.v[2][word], part.v[3][word], first), byte_permute(part.v[2][word], part.v[3][word], second)};
     if constexpr (is_quantized(F)) {
       QKV_UNROLL
       for (int pair = 0; pair < 2; pair++) {

@@ -22,7 +22,10 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   static_assert(D % 32 == 0, "a lane's share of a V row is whole words");
   static_assert(!Dynamic || is_quantized(F), "only quantized rows have scales");
   static constexpr int kElement = bytes_of(F);
-  static constexpr int kTile = 16;
+  // Tokens of a product, and of the tile a warp takes at a time: several products where rows are short, so that a lane has
+  // 64 bytes of K and V on their way.
+  static constexpr int kPart = 16, kParts = RowTiles == 1 && D * kElement <= 64 ? 2 : 1;
+  static constexpr int kTile = kParts * kPart;
   static constexpr int kDim = D;
   static constexpr bool kDynamic = Dynamic;
   static constexpr int kWarps = 4;
@@ -42,8 +45,8 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
 
   // What a lane keeps: O, K, V, and what softmax needs. Two tiles of V (the one in use, the one on its way) are better,
   // where 3 blocks an SM have the registers for them. Measured limits: nothing spills.
-  static constexpr int kKept = RowTiles * (kSteps * 4 + 12) + 2 * kWordsK + 4 * kWordsV + (Dynamic ? 8 : 0);
-  static constexpr int kWithAhead = kKept + 4 * kWordsV;
+  static constexpr int kKept = RowTiles * (kSteps * 4 + 12) + kParts * (2 * kWordsK + 4 * kWordsV + (Dynamic ? 12 : 0));
+  static constexpr int kWithAhead = kKept + kParts * 4 * kWordsV;
   static constexpr int kMostOfThree = RowTiles == 1 ? 120 : 136;
   static constexpr int kMostBlocks = kWithAhead <= 92 ? 4 : kWithAhead <= kMostOfThree || kKept <= 104 ? 3 : 2;
   static constexpr bool kValuesAhead = kWithAhead <= (kMostBlocks == 3 ? kMostOfThree : 200);
@@ -53,7 +56,7 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   static constexpr bool kLooksLate = kWithAhead <= 184;
   static constexpr bool kFits = kKept <= 204;
 
-  // Which token of the tile this lane's scores c[2 * pair], c[2 * pair + 1] are of.
+  // Which token of a part this lane's scores c[2 * pair], c[2 * pair + 1] are of.
   static QKV_DEVICE int score_token(int pair) {
     const int g = lane_index() / 4;
     return kWholeLines ? g % 2 * 8 + g / 2 + 4 * pair : g + 8 * pair;
@@ -77,17 +80,18 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
 
 // The tiles one warp attends to in a piece, and where they lie. Blocks and offsets inside a block fit 32 bits.
 template <class Shape> struct DecodeTiles {
+  static constexpr int kRound = Shape::kWarps * Shape::kParts; // parts that all warps take at a time
   const AttentionParams &params;
   const Piece &piece;           // in shared memory
-  int32_t first;                // number of the warp's first tile: position / 16
+  int32_t first;                // the warp's first tile: position / kPart
   int32_t count;                // of this warp
   int32_t blocks, next_blocks;  // of a batch of tiles, and of the one after it
 
   // Does not look up any block yet.
   QKV_DEVICE DecodeTiles(const AttentionParams &params, const Piece &piece) : params(params), piece(piece) {
-    first = piece.begin / Shape::kTile + warp_index();
-    int32_t end = piece.end / Shape::kTile + (piece.end % Shape::kTile != 0);
-    count = (end - first + Shape::kWarps - 1) / Shape::kWarps;
+    first = piece.begin / Shape::kPart + warp_index() * Shape::kParts;
+    int32_t end = piece.end / Shape::kPart + (piece.end % Shape::kPart != 0);
+    count = (end - first + kRound - 1) / kRound;
   }
 
   // This lane's part of its first row of K and of V in block 0 of the piece's head: addresses, low word first.
@@ -107,18 +111,18 @@ template <class Shape> struct DecodeTiles {
 
   QKV_DEVICE bool halved() const { return params.paging.block_shift == 3; }
 
-  // Tiles of a batch: a lane keeps the block of one, or of half a one if blocks have 8 slots.
-  QKV_DEVICE int32_t batch() const { return halved() ? kWarp / 2 : kWarp; }
+  // Tiles of a batch: a lane keeps the block of a part, or of half a one if blocks have 8 slots.
+  QKV_DEVICE int32_t batch() const { return (halved() ? kWarp / 2 : kWarp) / Shape::kParts; }
 
-  QKV_DEVICE int32_t position(int32_t n) const { return (first + n * Shape::kWarps) * Shape::kTile; }
+  QKV_DEVICE int32_t position(int32_t n) const { return (first + n * kRound) * Shape::kPart; }
 
   // The table's entry for this lane's block of the batch that begins with tile n; null if it has none.
   QKV_DEVICE const int32_t *entry(int32_t n) const {
-    const int lane = forget(lane_index());
-    n += halved() ? lane / 2 : lane;
+    const int lane = forget(lane_index()), part = halved() ? lane / 2 : lane;
+    n += part / Shape::kParts;
     if (n >= count) return nullptr;
-    int32_t at = position(n) + (halved() ? 8 * (lane % 2) : 0);
-    int32_t size = halved() ? 8 : Shape::kTile;
+    int32_t at = position(n) + part % Shape::kParts * Shape::kPart + (halved() ? 8 * (lane % 2) : 0);
+    int32_t size = halved() ? 8 : Shape::kPart;
     if (at >= piece.end || at + size <= piece.begin) return nullptr;
     return params.op.block_tables + piece.seq * params.op.block_table_stride + (at >> params.paging.block_shift);
   }
@@ -135,7 +139,7 @@ template <class Shape> struct DecodeTiles {
   }
 
   // Asks L2 for the first tiles of the piece, before the kernel may read anything: tables and the cache may be in the
-  // making, and what they hold now says no more than where it is worth while to look. A lane has a row of each tile,
+  // making, and what they hold now says no more than where it is worth while to look. A lane has a row of each part,
   // lane % 16 of K or from lane 16 on of V.
   QKV_DEVICE void prefetch(int32_t tiles) const {
     const quantkv_cache &cache = params.op.cache;
@@ -149,9 +153,10 @@ template <class Shape> struct DecodeTiles {
     const unsigned char *codes = static_cast<const unsigned char *>(is_key ? cache.k.codes : cache.v.codes) +
                                  bytes(piece.kv_head * (is_key ? k.head_stride : v.head_stride)) + row * slot_bytes;
     QKV_NO_UNROLL
-    for (int32_t n = 0; n < tiles; n++) {
+    for (int32_t n = 0; n < tiles * Shape::kParts; n++) {
       const int32_t block = shuffle(blocks, halved() ? 2 * n + lane % 16 / 8 : n);
-      const uint32_t slot = position(n) & ((1u << params.paging.block_shift) - 1);
+      const uint32_t at = position(n / Shape::kParts) + n % Shape::kParts * Shape::kPart;
+      const uint32_t slot = at & ((1u << params.paging.block_shift) - 1);
       if (block < 0) continue;
       QKV_UNROLL
       for (int i = 0; i < Shape::kDim * Shape::kElement; i += kLine) {
@@ -167,12 +172,12 @@ template <class Shape> struct DecodeTiles {
   }
 };
 
-// Which halves of a tile lie in blocks of the cache: bit 0 tokens 0-7, bit 1 tokens 8-15.
-struct TileHalves {
+// Which halves of a part lie in blocks of the cache: bit 0 tokens 0-7, bit 1 tokens 8-15.
+struct PartHalves {
   int32_t bits;
 
   QKV_DEVICE bool both() const { return bits == 3; }
-  // Whether `token` of the tile at `position` is one the piece has keys of.
+  // Whether `token` of the part at `position` is one the piece has keys of.
   QKV_DEVICE bool has(const Piece &piece, int32_t position, int32_t token) const {
     return (bits >> token / 8 & 1) != 0 && position + token >= piece.begin && position + token < piece.end;
   }
@@ -188,15 +193,15 @@ template <int Width, int Words, int Lanes> QKV_DEVICE void load_row(uint32_t (&o
   }
 }
 
-// A tile on its way to a lane's registers. No load waits for a decision: rows the piece does not have are read from
+// A part of a tile on its way to a lane's registers. No load waits for a decision: rows the piece does not have are read from
 // where they would be, or from block 0, and made harmless when they are used.
-template <class Shape> struct TileLoader {
+template <class Shape> struct PartLoader {
   int32_t low, high;        // blocks of tokens 0-7 and 8-15; negative: not in the cache
   uint32_t slot, slot_high; // of token 0, of token 8
   int32_t kv_head;
-  uint64_t k[2], v[2];      // addresses of this lane's first row in each half tile
+  uint64_t k[2], v[2];      // addresses of this lane's first row in each half
 
-  // The tile at `position` of a piece of `kv_head`, number `in_batch` of those that the lanes' `batch_blocks` are for.
+  // The part at `position` of a piece of `head`, number `in_batch` of those that the lanes' `batch_blocks` are for.
   QKV_DEVICE void aim(const AttentionParams &params, const Words<4> &bases, int32_t head, int32_t batch_blocks, int32_t in_batch,
                       int32_t position) {
     const quantkv_cache &cache = params.op.cache;
@@ -225,9 +230,9 @@ template <class Shape> struct TileLoader {
     return base + static_cast<uint64_t>(index) * block_bytes + static_cast<uint64_t>(slot) * slot_bytes(half);
   }
 
-  QKV_DEVICE TileHalves halves() const { return {(low >= 0 ? 1 : 0) | (high >= 0 ? 2 : 0)}; }
+  QKV_DEVICE PartHalves halves() const { return {(low >= 0 ? 1 : 0) | (high >= 0 ? 2 : 0)}; }
 
-  // Tokens g, g + 8. Or whole lines, of each half tile those of tokens lane / 8 and lane / 8 + 4: four words of the one,
+  // Tokens g, g + 8. Or whole lines, of each half those of tokens lane / 8 and lane / 8 + 4: four words of the one,
   // four of the other, and so on from line to line.
   QKV_DEVICE void keys(const quantkv_half &half, uint32_t (&out)[2][Shape::kWordsK]) const {
     if constexpr (Shape::kWholeLines) {
@@ -281,17 +286,15 @@ template <class Shape> struct TileLoader {
   }
 };
 
-// The tile in use.
-template <class Shape> struct DecodeTile {
+// What a lane has of 16 tokens.
+template <class Shape> struct TilePart {
   uint32_t k[2][Shape::kWordsK], v[4][Shape::kWordsV];
   float k_dynamic[2], v_dynamic[2];
-  TileHalves halves;
-  int32_t position;
-  bool whole; // every token is there and every row sees it
+  PartHalves halves;
 
   // Zeroes what no product may meet: values of tokens the piece does not have, whatever bits are there. Their weight is
   // zero, but zero times NaN is not. (Their keys do no harm: the score is replaced.)
-  QKV_DEVICE void drop_missing(const Piece &piece) {
+  QKV_DEVICE void drop_missing(const Piece &piece, int32_t position) {
     QKV_UNROLL
     for (int row = 0; row < 4; row++) {
       if (halves.has(piece, position, Shape::value_token(row))) continue;
@@ -299,9 +302,23 @@ template <class Shape> struct DecodeTile {
       for (int i = 0; i < Shape::kWordsV; i++) v[row][i] = 0;
     }
     QKV_UNROLL
-    for (int half = 0; half < 2; half++) {
-      if (!halves.has(piece, position, Shape::score_token(half))) v_dynamic[half] = kSmallestScale;
+    for (int pair = 0; pair < 2; pair++) {
+      if (!halves.has(piece, position, Shape::score_token(pair))) v_dynamic[pair] = kSmallestScale;
     }
+  }
+};
+
+// The tile in use.
+template <class Shape> struct DecodeTile {
+  TilePart<Shape> parts[Shape::kParts];
+  int32_t position;
+  bool whole; // every token is there and every row sees it
+
+  QKV_DEVICE bool has_all_halves() const {
+    bool all = true;
+    QKV_UNROLL
+    for (int i = 0; i < Shape::kParts; i++) all = all && parts[i].halves.both();
+    return all;
   }
 };
 
