@@ -71,6 +71,24 @@ fn every_length_around_a_block() {
     }
 }
 
+/// Tensor cores take tiles of 16 tokens, or of 32 if rows are 64 bytes: lengths and windows that end and begin at each place
+/// of a tile, whatever the blocks.
+#[test]
+fn every_length_around_a_tile() {
+    for dim in [64, 128] {
+        for block_size in [8, 16, 64] {
+            let lengths = [1, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40, 48, 49, 63, 65, 97, 129, 161];
+            let blocks = lengths.iter().map(|length: &usize| length.div_ceil(block_size)).sum();
+            let geometry = Geometry::plain(CacheLayout::Nhd, (1, dim), (block_size, blocks), KvFormat::Fp8E4M3);
+            for window in [None, Some(21), Some(40)] {
+                let sequences = lengths.iter().map(|length| (length - 1, 1)).collect();
+                let parameters = Parameters { dtype: DType::BF16, window, ..simple(geometry, 2, sequences) };
+                check_all(&build(&parameters), (dim, block_size, window));
+            }
+        }
+    }
+}
+
 /// A query of a sequence of length 0 (a padded batch) gives zeros and -inf, or the sink.
 #[test]
 fn an_empty_sequence_gives_zeros() {
@@ -288,9 +306,13 @@ fn long_sequences_are_split() {
 /// share a row.
 #[test]
 fn many_pieces_of_a_sequence() {
-    for (dim, group, sequences) in
-        [(64, 1, vec![(4900, 1)]), (128, 4, vec![(4900, 1), (40, 1)]), (256, 2, vec![(5200, 1), (0, 1)])]
-    {
+    for (dim, group, sequences) in [
+        (64, 1, vec![(4900, 1)]),
+        (64, 16, vec![(4900, 1)]),
+        (128, 4, vec![(4900, 1), (40, 1)]),
+        (128, 14, vec![(4900, 1), (40, 1)]),
+        (256, 2, vec![(5200, 1), (0, 1)]),
+    ] {
         let blocks: usize = sequences.iter().map(|&(before, new): &(usize, usize)| (before + new).div_ceil(16)).sum();
         let geometry = Geometry::plain(CacheLayout::Hnd, (1, dim), (16, blocks + 1), KvFormat::Fp8E4M3);
         let window = (dim == 256).then_some(5000);
