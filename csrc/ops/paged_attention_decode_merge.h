@@ -34,7 +34,7 @@ struct PendingMerges {
     const int32_t pieces = merge.num_pieces, piece = static_cast<int32_t>(block_index_x()) - merge.first_worker;
     const bool sound = is_sound(params, list, merge) && piece >= 0 && piece < pieces;
     // Pieces of a run: a power of two near the square root of all, unless those are few.
-    const int shift = pieces <= most ? 30 : pieces <= 64 ? 3 : pieces <= 256 ? 4 : 5;
+    const int shift = pieces <= most ? 30 : pieces <= 96 ? 3 : pieces <= 256 ? 4 : 5;
     const int32_t first = piece >> shift << shift, runs = ((pieces - 1) >> shift) + 1;
     ranges[i][0] = PieceRange{first, 1, sound ? smaller_of(1 << shift, pieces - first) : 0};
     ranges[i][1] = PieceRange{0, 1 << shift, sound && runs > 1 ? runs : 0};
