@@ -77,10 +77,10 @@ fn every_length_around_a_block() {
 fn every_length_around_a_tile() {
     for dim in [64, 128] {
         for block_size in [8, 16, 64] {
-            let lengths = [1, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40, 48, 49, 63, 65, 97, 129, 161];
+            let lengths = [1, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40, 48, 49, 65, 97, 161];
             let blocks = lengths.iter().map(|length: &usize| length.div_ceil(block_size)).sum();
             let geometry = Geometry::plain(CacheLayout::Nhd, (1, dim), (block_size, blocks), KvFormat::Fp8E4M3);
-            for window in [None, Some(21), Some(40)] {
+            for window in [None, Some(21)] {
                 let sequences = lengths.iter().map(|length| (length - 1, 1)).collect();
                 let parameters = Parameters { dtype: DType::BF16, window, ..simple(geometry, 2, sequences) };
                 check_all(&build(&parameters), (dim, block_size, window));
