@@ -40,6 +40,11 @@ template <Format F, class Visit> int visit_decode(const quantkv_paged_attention 
   }
 }
 
+constexpr int kReservedShared = 1024; // by the system, a block
+
+template <class Shape>
+constexpr int kStaticShared = static_cast<int>(2 * sizeof(DecodeQuery<Shape>) + Shape::kWarps * sizeof(DecodeWork) + sizeof(PendingMerges));
+
 // Blocks of a shape that are resident together: registers allow blocks_on(), shared memory maybe fewer.
 struct CountDecodeBlocks {
   const Device &device;
@@ -47,9 +52,8 @@ struct CountDecodeBlocks {
 
   template <Format F, int D, int RowTiles, bool Dynamic> int run() {
     using Shape = DecodeShape<F, D, RowTiles, Dynamic>;
-    constexpr int reserved = 1024; // by the system, a block
-    int each = Shape::kSharedBytes + static_cast<int>(2 * sizeof(DecodeQuery<Shape>) + Shape::kWarps * sizeof(DecodeWork) + sizeof(PendingMerges)) + reserved;
-    blocks = (device.max_shared_bytes + reserved) / each;
+    const int each = Shape::kSharedBytes + kStaticShared<Shape> + kReservedShared;
+    blocks = (device.max_shared_bytes + kReservedShared) / each;
     const int32_t most = Shape::blocks_on(device.compute_capability);
     if (blocks > most) blocks = most;
     return blocks > 0 ? QUANTKV_OK : QUANTKV_UNSUPPORTED;
@@ -59,12 +63,23 @@ struct CountDecodeBlocks {
 struct LaunchDecode {
   const AttentionParams &params;
   const WorkList &list;
+  const Device &device;
   void *stream;
+
+  // Dynamic shared memory of a block: so much that no more blocks than the plan counts on are resident. The next launch's
+  // would take the places that are left, and multiprocessors would have more of them or fewer.
+  template <class Shape> int shared_bytes() const {
+    if constexpr (!Shape::kMayFitMore) return Shape::kSharedBytes;
+    const int blocks = list.workers / device.multiprocessors;
+    const int each = (device.max_shared_bytes + kReservedShared) / (blocks + 1) / 16 * 16 + 16;
+    const int bytes = each - kStaticShared<Shape> / 16 * 16 - kReservedShared;
+    return bytes > Shape::kSharedBytes ? bytes : Shape::kSharedBytes;
+  }
 
   template <Format F, int D, int RowTiles, bool Dynamic> int run() {
     using Shape = DecodeShape<F, D, RowTiles, Dynamic>;
     return QKV_LAUNCH_OVERLAPPED((paged_attention_decode<F, D, RowTiles, Dynamic>), (Grid{list.workers, 1, 1}),
-                                 Shape::kThreads, Shape::kSharedBytes, stream, params, list);
+                                 Shape::kThreads, shared_bytes<Shape>(), stream, params, list);
   }
 };
 
@@ -85,7 +100,7 @@ struct LaunchDecode {
     return DecodeConfig{0, 0};                                                                                         \
   }                                                                                                                    \
   template <>                                                                                                          \
-  int launch_decode_of<F>(const AttentionParams &params, const WorkList &list, const Device &, void *stream) {         \
-    return visit_decode<F>(params.op, list.rows, LaunchDecode{params, list, stream});                                  \
+  int launch_decode_of<F>(const AttentionParams &params, const WorkList &list, const Device &device, void *stream) {   \
+    return visit_decode<F>(params.op, list.rows, LaunchDecode{params, list, device, stream});                          \
   }                                                                                                                    \
   }

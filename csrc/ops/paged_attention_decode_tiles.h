@@ -67,6 +67,9 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
     return kWholeLines ? t + 8 * (row % 2) + 4 * (row / 2) : 2 * t + row % 2 + 8 * (row / 2);
   }
 
+  // Registers of three blocks may be enough for this shape, of which two a multiprocessor are faster (192 channels of 8 bits).
+  static constexpr bool kMayFitMore = kMostBlocks == 2 && kWithAhead < 140;
+
   // Before Hopper addresses and conversions take a few registers more.
   static constexpr int blocks_on(int compute_capability) {
     return compute_capability >= 90 || kMostBlocks == 1 ? kMostBlocks : kMostBlocks - 1;
