@@ -7,6 +7,7 @@
 //   S   = K Q^T      [16 tokens, 8 rows]        tokens on the long side of the 16 x 8 x 16 product
 //   O^T += V^T P^T   [16 channels, 8 rows] x D/16
 //
+// A tile is 16 tokens of a KV head; where a row is 64 bytes it is two such parts, with one softmax step for both.
 // Rows are the (query, query head) pairs of a piece, 8 * RowTiles at most. Lane 4g + t holds
 //   K   of tokens g and g + 8: every 4th run of kWidthK bytes. A product over d may take the channels in any order:
 //       what the hardware calls channels (2t, 2t+1, 2t+8, 2t+9) of a step are four that lie side by side in memory;
