@@ -70,8 +70,9 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   // Registers of three blocks may be enough for this shape, of which two a multiprocessor are faster (192 channels of 8 bits).
   static constexpr bool kMayFitMore = kMostBlocks == 2 && kWithAhead < 140;
 
-  // Before Hopper addresses and conversions take a few registers more.
+  // Before Hopper addresses and conversions take a few registers more; for 16 rows the compiler for sm_100 and newer, too.
   static constexpr int blocks_on(int compute_capability) {
+    if (compute_capability >= 100 && kMostBlocks == 3 && kWithAhead > 120) return 2;
     return compute_capability >= 90 || kMostBlocks == 1 ? kMostBlocks : kMostBlocks - 1;
   }
 

@@ -6,8 +6,9 @@
 //!     scores = Q K^T;  online softmax a row;  acc = acc*alpha + P V
 //! ```
 //! The result is a state a row: running maximum (exp2 units), sum of weights and accumulated
-//! values, not yet divided. The rows of the tile after the next kernel's are prefetched throughout:
-//! pages are too short for the hardware's prefetchers to get going.
+//! values, not yet divided. While a kernel works it prefetches the rows of the one after it: pages
+//! are too short for the hardware's prefetchers to get going. Where the heads of a token lie side
+//! by side (NHD), the next tile of all heads is prefetched instead, in the order it lies in memory.
 
 use super::kernels::{Ahead, DIRECT_ROWS, Decode, Kernels, PAD, Pv, Qk, Rows, Softmax, TILE, padded_rows};
 use super::simd::LOG2_E;
@@ -70,6 +71,7 @@ pub(super) struct Span {
 }
 
 /// A tile: where the rows of positions `start..start+len` are, and which have none.
+#[derive(Clone, Copy)]
 struct Found {
     k: Rows,
     v: Rows,
@@ -206,22 +208,56 @@ pub(super) fn attend(ctx: &Context<'_>, spans: &[Span], scratches: &mut [Scratch
 
     let mut start = first - first % TILE;
     let mut found = find(ctx, span, start, first, end);
-    if !ctx.packed.k {
-        let ahead = Ahead { rows: &found.k, bytes: row_bytes(ctx, Half::K) };
+    let by_token = Pair { k: heads_are_neighbours(ctx, Half::K), v: heads_are_neighbours(ctx, Half::V) };
+    let by_token = spans.len() > 1 && by_token.k && by_token.v;
+    let prefetch = |kernels: &Kernels, rows: &Rows, half| {
         // SAFETY: a prefetch reads nothing.
-        unsafe { (ctx.kernels.k.prefetch)(&ahead, found.len) };
+        unsafe { (kernels.prefetch)(&Ahead { rows, bytes: row_bytes(ctx, half) }, TILE) };
+    };
+    if by_token {
+        for i in 0..spans.len() {
+            let slice = tile_slice(ctx, &found, i, spans.len());
+            prefetch(&ctx.kernels.k, &slice.k, Half::K);
+            prefetch(&ctx.kernels.v, &slice.v, Half::V);
+        }
+    } else if !ctx.packed.k {
+        prefetch(&ctx.kernels.k, &found.k, Half::K);
     }
     while start < end {
+        let next_tile = find(ctx, span, start + TILE, first, end);
         for (i, scratch) in scratches.iter_mut().enumerate() {
             let next = match spans.get(i + 1) {
                 Some(next) => find(ctx, next, start, first, end),
-                None => find(ctx, span, start + TILE, first, end),
+                None => next_tile,
             };
-            attend_tile(ctx, &spans[i], &found, &next, scratch);
+            let ahead = match by_token {
+                true => tile_slice(ctx, &next_tile, i, spans.len()),
+                false => Pair { k: next.k, v: found.v },
+            };
+            attend_tile(ctx, &spans[i], &found, &ahead, scratch);
             found = next;
         }
         start += TILE;
     }
+}
+
+/// Whether a token's rows of neighbouring KV heads lie side by side.
+fn heads_are_neighbours(ctx: &Context<'_>, half: Half) -> bool {
+    let bytes = row_bytes(ctx, half);
+    bytes > 0 && ctx.shape.map(half).head_stride * ctx.shape.spec.format(half).bytes() == bytes
+}
+
+/// Slice `i` of a tile of `heads` neighbouring heads, of which `tile` is the first one's: TILE rows,
+/// a token's of all heads before the next token's.
+fn tile_slice(ctx: &Context<'_>, tile: &Found, i: usize, heads: usize) -> Pair<Rows> {
+    let (k_bytes, v_bytes) = (row_bytes(ctx, Half::K), row_bytes(ctx, Half::V));
+    let mut slice = Pair { k: tile.k, v: tile.v };
+    for (at, (k, v)) in slice.k.iter_mut().zip(&mut slice.v).enumerate() {
+        let (token, head) = ((i * TILE + at) / heads, (i * TILE + at) % heads);
+        *k = tile.k[token].wrapping_add(head * k_bytes);
+        *v = tile.v[token].wrapping_add(head * v_bytes);
+    }
+    slice
 }
 
 /// Bytes of a row to prefetch; none where rows lie in pieces.
@@ -234,8 +270,9 @@ fn row_bytes(ctx: &Context<'_>, half: Half) -> usize {
     if packed { 0 } else { spec.head_dim(half) * spec.format(half).bytes() }
 }
 
-/// Adds one tile to the states of one KV head's rows, and prefetches the tile after it.
-fn attend_tile(ctx: &Context<'_>, span: &Span, found: &Found, next: &Found, scratch: &mut Scratch) {
+/// Adds one tile to the states of one KV head's rows, and prefetches the rows of `ahead`: V while K is
+/// read, K while V is.
+fn attend_tile(ctx: &Context<'_>, span: &Span, found: &Found, ahead: &Pair<Rows>, scratch: &mut Scratch) {
     let spec = &ctx.shape.spec;
     let rows = span.num_queries * ctx.group_size;
     let (mut max, mut sum) = (std::mem::take(&mut scratch.max), std::mem::take(&mut scratch.sum));
@@ -260,8 +297,8 @@ fn attend_tile(ctx: &Context<'_>, span: &Span, found: &Found, next: &Found, scra
         kernels = ctx.decoded;
     }
     let (q, p) = (q.as_ptr(), scores.as_mut_ptr());
-    let ahead = Ahead { rows: &found.v, bytes: row_bytes(ctx, Half::V) };
-    let qk = Qk { q, q_stride, rows, keys: &keys, tokens: len, dim: spec.k_head_dim, ahead, scores: p };
+    let values_ahead = Ahead { rows: &ahead.v, bytes: row_bytes(ctx, Half::V) };
+    let qk = Qk { q, q_stride, rows, keys: &keys, tokens: len, dim: spec.k_head_dim, ahead: values_ahead, scores: p };
     // SAFETY: `q` and `scores` have padded rows; every pointer of `keys` is a row of the cache,
     // of scratch or of ZEROS, each at least `dim` elements long; see `find`.
     unsafe { (kernels.qk)(&qk) };
@@ -308,7 +345,7 @@ fn attend_tile(ctx: &Context<'_>, span: &Span, found: &Found, next: &Found, scra
         values: &values,
         visible: &visible,
         dim: spec.v_head_dim,
-        ahead: Ahead { rows: &next.k, bytes: row_bytes(ctx, Half::K) },
+        ahead: Ahead { rows: &ahead.k, bytes: row_bytes(ctx, Half::K) },
         alpha: &alpha,
         acc: acc.as_mut_ptr(),
         acc_stride,
