@@ -298,7 +298,7 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
   }
 }
 
-// Grid: one block a worker of the list. Shared: Shape::kSharedBytes. Asks for: K and V of format F and head dim D, rows
+// Grid: one block a worker of the list. Shared: Shape::kSharedBytes, or more. Asks for: K and V of format F and head dim D, rows
 // contiguous and aligned to kWidthK and kWidthV; 16-bit activations, bf16 ones if F is bf16; rows of the list <= kRows.
 //
 // Memory must never idle: before a warp has finished a piece it has found the next one, asked for its queries, and
@@ -338,8 +338,7 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     work.k_scale[lane_index()] = scale;
     if (lane_index() == 0) work.v_scale[slot] = v_scale;
   };
-  // Aims at a tile of the piece in `slot`, number `in_batch` of those that the lanes' `blocks` are for; asks for all of it,
-  // but for values if they are to come later.
+  // Aims at the tile at `position` of the piece in `slot`, number `in_batch` of those that the lanes' `blocks` are for.
   auto aim = [&](int slot, int32_t blocks, int32_t in_batch, int32_t position) {
     QKV_UNROLL
     for (int i = 0; i < Shape::kParts; i++) {

@@ -82,6 +82,9 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   static constexpr int kSharedBytes = 4 * kWarps * kRows * (kStride + 2);
 };
 
+// Whether a part lies in two blocks: those of 8 slots, the smallest there are.
+QKV_DEVICE bool is_halved(const AttentionParams &params) { return params.paging.block_shift == 3; }
+
 // The tiles one warp attends to in a piece, and where they lie. Blocks and offsets inside a block fit 32 bits.
 template <class Shape> struct DecodeTiles {
   static constexpr int kRound = Shape::kWarps * Shape::kParts; // parts that all warps take at a time
@@ -113,7 +116,7 @@ template <class Shape> struct DecodeTiles {
 
   static QKV_DEVICE uint32_t bytes(int64_t elements) { return static_cast<uint32_t>(elements) * Shape::kElement; }
 
-  QKV_DEVICE bool halved() const { return params.paging.block_shift == 3; }
+  QKV_DEVICE bool halved() const { return is_halved(params); }
 
   // Tiles of a batch: a lane keeps the block of a part, or of half a one if blocks have 8 slots.
   QKV_DEVICE int32_t batch() const { return (halved() ? kWarp / 2 : kWarp) / Shape::kParts; }
@@ -209,7 +212,7 @@ template <class Shape> struct PartLoader {
   QKV_DEVICE void aim(const AttentionParams &params, const Words<4> &bases, int32_t head, int32_t batch_blocks, int32_t in_batch,
                       int32_t position) {
     const quantkv_cache &cache = params.op.cache;
-    const bool halved = params.paging.block_shift == 3;
+    const bool halved = is_halved(params);
     low = high = shuffle(batch_blocks, halved ? 2 * in_batch : in_batch);
     slot = position & ((1u << params.paging.block_shift) - 1);
     slot_high = slot + 8;

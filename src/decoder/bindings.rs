@@ -1,5 +1,5 @@
 //! `csrc/quantkv_decoder.h` in Rust. Made by scripts/bindings.sh from that file: read it there.
-#![allow(missing_docs, non_camel_case_types, clippy::all, clippy::undocumented_unsafe_blocks)]
+#![allow(missing_docs, non_camel_case_types, clippy::all)]
 #![allow(rustdoc::all)]
 #![allow(unused_imports)] // in a stub build
 use crate::raw::bindings::*;
@@ -39,6 +39,7 @@ const _: () = {
 impl Default for quantkv_decoder_embed {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -82,6 +83,7 @@ const _: () = {
 impl Default for quantkv_decoder_rms_norm {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -126,6 +128,7 @@ const _: () = {
 impl Default for quantkv_decoder_rope_table {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -165,6 +168,7 @@ const _: () = {
 impl Default for quantkv_decoder_rope {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -196,6 +200,7 @@ const _: () = {
 impl Default for quantkv_decoder_binary {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -240,6 +245,7 @@ const _: () = {
 impl Default for quantkv_decoder_gather_rows {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -290,6 +296,7 @@ const _: () = {
 impl Default for quantkv_decoder_linear {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -321,6 +328,7 @@ const _: () = {
 impl Default for quantkv_decoder_argmax {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -354,6 +362,7 @@ const _: () = {
 impl Default for quantkv_decoder_random {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()

@@ -1,5 +1,5 @@
 //! The C ABI, `csrc/quantkv.h`, in Rust. Made by scripts/bindings.sh from that file: read it there.
-#![allow(missing_docs, non_camel_case_types, clippy::all, clippy::undocumented_unsafe_blocks)]
+#![allow(missing_docs, non_camel_case_types, clippy::all)]
 #![allow(rustdoc::all)]
 pub const QUANTKV_ABI_VERSION: u32 = 1;
 pub const QUANTKV_OK: quantkv_status = 0;
@@ -77,6 +77,7 @@ const _: () = {
 impl Default for quantkv_scale {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -112,6 +113,7 @@ const _: () = {
 impl Default for quantkv_half {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -145,6 +147,7 @@ const _: () = {
 impl Default for quantkv_cache {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -171,6 +174,7 @@ const _: () = {
 impl Default for quantkv_rows {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -209,6 +213,7 @@ const _: () = {
 impl Default for quantkv_cache_write {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -238,6 +243,7 @@ const _: () = {
 impl Default for quantkv_block_table_memory {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -280,6 +286,7 @@ const _: () = {
 impl Default for quantkv_copy_blocks {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -305,6 +312,7 @@ const _: () = {
 impl Default for quantkv_memory_copy {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -352,6 +360,7 @@ const _: () = {
 impl Default for quantkv_gather {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -391,6 +400,7 @@ const _: () = {
 impl Default for quantkv_absmax {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -421,6 +431,7 @@ const _: () = {
 impl Default for quantkv_update_scales {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -460,6 +471,7 @@ const _: () = {
 impl Default for quantkv_convert {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -560,6 +572,7 @@ const _: () = {
 impl Default for quantkv_paged_attention {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()
@@ -615,6 +628,7 @@ const _: () = {
 impl Default for quantkv_merge_states {
     fn default() -> Self {
         let mut s = ::core::mem::MaybeUninit::<Self>::uninit();
+        // SAFETY: zeros are a value of every field: numbers, pointers, structs of these.
         unsafe {
             ::core::ptr::write_bytes(s.as_mut_ptr(), 0, 1);
             s.assume_init()

@@ -208,8 +208,7 @@ pub(super) fn attend(ctx: &Context<'_>, spans: &[Span], scratches: &mut [Scratch
 
     let mut start = first - first % TILE;
     let mut found = find(ctx, span, start, first, end);
-    let by_token = Pair { k: heads_are_neighbours(ctx, Half::K), v: heads_are_neighbours(ctx, Half::V) };
-    let by_token = spans.len() > 1 && by_token.k && by_token.v;
+    let by_token = spans.len() > 1 && [Half::K, Half::V].into_iter().all(|half| heads_are_neighbours(ctx, half));
     let prefetch = |kernels: &Kernels, rows: &Rows, half| {
         // SAFETY: a prefetch reads nothing.
         unsafe { (kernels.prefetch)(&Ahead { rows, bytes: row_bytes(ctx, half) }, TILE) };
