@@ -296,6 +296,64 @@ fn share_plans<T: Element>(cuda: &CudaBackend) {
     }
 }
 
+/// Long sequences are cut into pieces, which hand their states on through the workspace. After a call it is as the plan
+/// had left it, whatever the queries were, and the next call finds nothing of the one before.
+#[test]
+fn a_call_leaves_its_plan_as_it_was() {
+    let cuda = &*cuda_or_skip!();
+    const LENS: [i32; 3] = [1024, 300, 2000];
+    let shape = CacheSpec::new(KV_HEADS, DIM, 16, KvFormat::Fp8E4M3).unwrap().shape(BLOCKS).unwrap();
+    let mut rng = Rng::new(8);
+    let mut codes = |half| -> Vec<u8> { (0..shape.buffer_bytes(half)).map(|_| rng.bits() as u8 & 0xbf).collect() };
+    let (k, v) = (upload(cuda, &codes(Half::K)), upload(cuda, &codes(Half::V)));
+    let stride = 2048 / 16;
+    let tables: Vec<i32> = (0..LENS.len() * stride).map(|_| rng.below(BLOCKS) as i32).collect();
+    let (tables, lens, scale) = (upload(cuda, &tables), upload(cuda, &LENS), upload(cuda, &[0.05]));
+    let starts = upload(cuda, &[0, 1, 2, 3]);
+    let floats = cuda.attention_workspace_len(&shape, HEADS, LENS.len());
+    let mut workspace = upload(cuda, &vec![f32::NAN; floats]);
+    let queries: [CudaBuffer<bf16>; 2] = std::array::from_fn(|_| {
+        upload(cuda, &(0..LENS.len() * HEADS * DIM).map(|_| bf16::from_f32(rng.normal())).collect::<Vec<_>>())
+    });
+    let mut call = |query: &CudaBuffer<bf16>, plan_is_ready| {
+        let mut output = upload(cuda, &vec![bf16::from_f32(-1000.0); LENS.len() * HEADS * DIM]);
+        let rows = RowStrides::contiguous(HEADS, DIM);
+        let scale = || ScaleRef { values: scale.view(), strides: ScaleStrides::default() };
+        cuda.paged_attention::<bf16>(PagedAttention {
+            shape,
+            cache: LayerRef { k: k.view(), v: v.view(), k_dynamic: None, v_dynamic: None },
+            k_scale: scale(),
+            v_scale: scale(),
+            params: AttentionParams::new(0.125),
+            num_heads: HEADS,
+            num_tokens: LENS.len(),
+            max_query_len: Some(1),
+            query: query.view(),
+            query_strides: rows,
+            query_starts: starts.view(),
+            seq_lens: lens.view(),
+            block_tables: tables.view(),
+            block_table_stride: stride,
+            alibi_slopes: None,
+            sinks: None,
+            output: output.view_mut(),
+            output_strides: rows,
+            lse: None,
+            workspace: workspace.view_mut(),
+            plan_is_ready,
+        })
+        .unwrap();
+        let bits = |floats: Vec<f32>| floats.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        let output = download(cuda, &output, output.len()).into_iter().map(|x| x.to_f32()).collect();
+        (bits(output), bits(download(cuda, &workspace, floats)))
+    };
+    let first = [call(&queries[0], false), call(&queries[1], false)];
+    assert!(first[0].0 != first[1].0 && first[0].1 == first[1].1, "outputs differ, and nothing of them is left");
+    for i in 0..if devices::emulated() { 3 } else { 300 } {
+        assert!(call(&queries[i % 2], true) == first[i % 2], "call {i}");
+    }
+}
+
 #[test]
 fn workspaces_are_checked() {
     let cuda = cuda_or_skip!();

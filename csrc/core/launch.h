@@ -160,6 +160,9 @@ int launch(void (*kernel)(Params...), Grid grid, int threads, size_t shared_byte
 // reads or writes anything that one touches. Devices before sm_90 start it after.
 #define QKV_LAUNCH_OVERLAPPED(kernel, grid, threads, shared_bytes, stream, ...)                                        \
   quantkv::launch(QKV_UNPAREN kernel, grid, threads, shared_bytes, stream, true, __VA_ARGS__)
+// The same for a kernel whose blocks wait for what blocks of lower index write: devices begin blocks in that order, so that
+// those waited for are running or done.
+#define QKV_LAUNCH_IN_ORDER(...) QKV_LAUNCH_OVERLAPPED(__VA_ARGS__)
 
 #endif
 

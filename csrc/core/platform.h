@@ -9,7 +9,7 @@
 //   thread_index() .. grid_size_z()      blocks of threads are one-dimensional, grids have three dimensions
 //   sync_threads(), sync_warp()          barriers of the block, of the warp
 //   shuffle*, ballot, any                warp collectives; every lane of the warp takes part
-//   atomic_*                             relaxed, device-wide; prim.h has one that orders
+//   atomic_*                             relaxed, device-wide
 #pragma once
 
 #define QKV_UNROLL _Pragma("unroll")

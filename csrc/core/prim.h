@@ -274,16 +274,28 @@ QKV_DEVICE int32_t load_unsettled(const int32_t *p) {
   return word;
 }
 
-// What this thread, or threads behind a barrier before it, have written is there for whoever counts later, and for
-// threads behind a barrier after that.
-QKV_DEVICE uint32_t atomic_add_ordered(uint32_t *word, uint32_t value) {
-  uint32_t before;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 700
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(before) : "l"(word), "r"(value) : "memory");
-#else
-  before = atomicAdd(word, value);
-#endif
-  return before;
+// Words that blocks of a grid hand each other: as they are now, past L1, each word by itself. Aligned to their size. Who waits
+// for one looks again, kMostLooks times at most, which is a second: a block that has begun will have written it by then.
+constexpr int kMostLooks = 1 << 20;
+QKV_DEVICE Words<4> load_relaxed(const Words<4> *p) {
+  Words<4> r;
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r.w[0]), "=r"(r.w[1]), "=r"(r.w[2]), "=r"(r.w[3])
+               : "l"(p)
+               : "memory");
+  return r;
+}
+QKV_DEVICE Words<2> load_relaxed(const Words<2> *p) {
+  Words<2> r;
+  asm volatile("ld.relaxed.gpu.global.v2.u32 {%0,%1}, [%2];" : "=r"(r.w[0]), "=r"(r.w[1]) : "l"(p) : "memory");
+  return r;
+}
+QKV_DEVICE void store_relaxed(Words<4> *p, const Words<4> &words) {
+  asm volatile("st.relaxed.gpu.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(words.w[0]), "r"(words.w[1]), "r"(words.w[2]), "r"(words.w[3])
+               : "memory");
+}
+QKV_DEVICE void store_relaxed(Words<2> *p, const Words<2> &words) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1,%2};" ::"l"(p), "r"(words.w[0]), "r"(words.w[1]) : "memory");
 }
 
 // 16 bytes from global to shared memory, in the background; zeros if not `valid`, and then nothing is read.

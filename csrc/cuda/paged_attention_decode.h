@@ -43,7 +43,7 @@ template <Format F, class Visit> int visit_decode(const quantkv_paged_attention 
 constexpr int kReservedShared = 1024; // by the system, a block
 
 template <class Shape>
-constexpr int kStaticShared = static_cast<int>(2 * sizeof(DecodeQuery<Shape>) + Shape::kWarps * sizeof(DecodeWork) + sizeof(PendingMerges));
+constexpr int kStaticShared = static_cast<int>(2 * sizeof(DecodeQuery<Shape>) + Shape::kWarps * sizeof(DecodeWork));
 
 // Blocks of a shape that are resident together: registers allow blocks_on(), shared memory maybe fewer.
 struct CountDecodeBlocks {
@@ -78,8 +78,8 @@ struct LaunchDecode {
 
   template <Format F, int D, int RowTiles, bool Dynamic> int run() {
     using Shape = DecodeShape<F, D, RowTiles, Dynamic>;
-    return QKV_LAUNCH_OVERLAPPED((paged_attention_decode<F, D, RowTiles, Dynamic>), (Grid{list.workers, 1, 1}),
-                                 Shape::kThreads, shared_bytes<Shape>(), stream, params, list);
+    return QKV_LAUNCH_IN_ORDER((paged_attention_decode<F, D, RowTiles, Dynamic>), (Grid{list.workers, 1, 1}),
+                               Shape::kThreads, shared_bytes<Shape>(), stream, params, list);
   }
 };
 

@@ -76,7 +76,6 @@ size_t place(WorkList &list, void *workspace, size_t offset) {
   take(list.groups, static_cast<size_t>(list.max_groups));
   take(list.starts, workers);
   take(list.merges, workers);
-  take(list.tickets, 3 * workers);
   take(list.values, rows * static_cast<size_t>(list.value_stride));
   take(list.states, rows * 2);
   return offset;
@@ -208,7 +207,7 @@ int check(const quantkv_paged_attention &op) {
 int launch(const Dispatch &dispatch, const Device &device, quantkv_stream stream) {
   const AttentionLists &call = dispatch.call;
   if (!call.params.op.plan_is_ready) {
-    QKV_CHECK(QKV_LAUNCH_OVERLAPPED((plan_attention), (Grid{dispatch.count, 1, 1}), kPlanThreads, 0, stream, call));
+    QKV_CHECK(QKV_LAUNCH_OVERLAPPED((plan_attention), (Grid{dispatch.count, 1 + kSlotBlocks, 1}), kPlanThreads, 0, stream, call));
   }
   if (call.params.op.num_tokens == 0) return QUANTKV_OK;
   int64_t most_rows = 0; // to be merged

@@ -9,8 +9,9 @@
 //
 // Worker w (a block of a persistent grid) does starts[w].units units, from the place on that is said there. What it does
 // of one (group, column) is a *piece*. A piece that is all of it is finished at once; another one leaves its softmax state in
-// a slot of the workspace (two a worker: for its first piece and for its last one), and the
-// pieces are combined in order, by the merge kernel or by whoever is the last to finish one. Which worker does what depends on the lengths and the device, never on timing.
+// a slot of the workspace (two a worker: for its first piece and for its last one), and the pieces are combined in order by the
+// merge kernel. A kernel that merges itself (_decode_merge.h) has a slot a worker, for its first piece. Which worker does what
+// depends on the lengths and the device, never on timing.
 //
 //   plan kernel          (paged_attention_plan.h)      lengths -> groups, starts, merges
 //   an attention kernel  (_decode.h, _prefill.h, _portable.h)  pieces -> outputs or states
@@ -19,7 +20,7 @@
 // A call has up to two work lists, of sequences with few and with many query rows, each with a plan of its own.
 //
 // Workspace of a list, each part aligned to 256 bytes:
-//   WorkGroup [max_groups]   WorkerStart [workers]   Merge [workers]   uint32_t tickets [3 * workers]
+//   WorkGroup [max_groups]   WorkerStart [workers]   Merge [workers]
 //   float values [2 * workers, rows, value_stride]     accumulators, relative to max, without the static scale of V
 //   float states [2 * workers, rows, 2]                max (base 2) and sum
 //
@@ -64,6 +65,7 @@ struct alignas(16) WorkerStart {
   int32_t group, column; // of the first
   int32_t first;         // unit of that (group, column)
   int32_t merge;         // index of the (group, column) it begins in the middle of; -1: it does not
+  int32_t group_step;    // from a (group, column) that is done to the next one: as many groups on, same column; 0: the next column
 };
 
 // A (group, column) that several workers share: what the merge kernel needs of it.
@@ -91,12 +93,14 @@ struct WorkList {
   int32_t value_stride;        // v.head_dim, rounded up to 4
   WorkGroup *groups;
   WorkerStart *starts;
-  bool merges_itself;          // the attention kernel does, and the merge kernel has nothing to do
+  bool merges_itself;          // the attention kernel does, and the merge kernel has nothing to do; the plan empties its slots
   Merge *merges;               // [w]: of the shared (group, column) whose first tiles worker w does; no pieces: none
-  uint32_t *tickets;           // how many pieces are done, for kernels that merge themselves: 0 between calls
   float *values;
   float *states;
 };
+
+// A word of a slot that nobody has written, for kernels that merge themselves: between calls all are.
+constexpr uint32_t kNotThere = 0xffffffffu;
 
 constexpr int kMaxWorkLists = 2;
 
@@ -125,6 +129,7 @@ struct Piece {
 
 QKV_DEVICE int32_t smaller_of(int32_t a, int32_t b) { return a < b ? a : b; }
 QKV_DEVICE int32_t larger_of(int32_t a, int32_t b) { return a > b ? a : b; }
+QKV_DEVICE uint32_t larger_unsigned(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 QKV_DEVICE int32_t tiles_of(const WorkGroup &group, int32_t tile) {
   return larger_of(1, (group.end + tile - 1) / tile - group.begin / tile);
@@ -166,6 +171,7 @@ struct WorkIterator {
   int32_t worker;
   int64_t units;                // left
   int32_t group, column, first; // of the next unit, as in WorkerStart
+  int32_t group_step;
   bool is_first;
 
   QKV_DEVICE WorkIterator(const AttentionParams &params, const WorkList &list, int worker)
@@ -175,14 +181,15 @@ struct WorkIterator {
     group = start.group;
     column = start.column;
     first = start.first;
+    group_step = start.group_step;
   }
 
   // One that has given a piece, and how far it had come.
   QKV_DEVICE WorkIterator(const AttentionParams &params, const WorkList &list, int worker, const WorkerStart &place)
       : params(params), list(list), worker(worker), units(place.units), group(place.group), column(place.column),
-        first(place.first), is_first(false) {}
+        first(place.first), group_step(place.group_step), is_first(false) {}
 
-  QKV_DEVICE WorkerStart place() const { return WorkerStart{units, group, column, first, -1}; }
+  QKV_DEVICE WorkerStart place() const { return WorkerStart{units, group, column, first, -1, group_step}; }
 
   QKV_DEVICE bool next(Piece &piece) {
     while (units > 0 && group >= 0 && group < list.max_groups) {
@@ -197,7 +204,9 @@ struct WorkIterator {
       first = stop;
       if (stop == cost) {
         first = 0;
-        if (++column == list.columns) {
+        if (group_step > 0) {
+          group = smaller_of(group_step, list.max_groups - group) + group;
+        } else if (++column == list.columns) {
           column = 0;
           group++;
         }

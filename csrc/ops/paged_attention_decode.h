@@ -180,6 +180,9 @@ QKV_DEVICE void make_weights(uint32_t (&p)[Shape::kParts][Shape::kRowTiles][2], 
 // Where a warp is in the work of its block. In shared memory, since registers are for tiles; a copy for each warp, so
 // that none waits for another.
 struct DecodeWork {
+  // Workers that wait for others' states have begun after them.
+  static QKV_DEVICE int32_t worker_of(const WorkList &list) { return list.workers - 1 - block_index_x(); }
+
   WorkerStart place;
   bool started, found;
   Piece pieces[2];              // this one and the next, in turn
@@ -188,6 +191,7 @@ struct DecodeWork {
   int32_t blocks[kWarp];        // of the first batch of tiles of the next piece, a lane
   float k_scale[kWarp];         // of the next piece's head, the same for every lane
   float v_scale[2];             // of each piece's head, unless scales are by channel
+  int32_t merged[2];            // pieces that each piece is one of, if it is not all of its (group, column)
 
   QKV_DEVICE void begin() {
     if (lane_index() == 0) started = false;
@@ -197,8 +201,8 @@ struct DecodeWork {
   // Looks for the next piece and puts it in pieces[slot].
   QKV_DEVICE bool next(const AttentionParams &params, const WorkList &list, int slot) {
     if (lane_index() == 0) {
-      WorkIterator work = started ? WorkIterator(params, list, block_index_x(), place)
-                                  : WorkIterator(params, list, block_index_x());
+      const int32_t worker = worker_of(list);
+      WorkIterator work = started ? WorkIterator(params, list, worker, place) : WorkIterator(params, list, worker);
       found = work.next(pieces[slot]);
       started = true;
       place = work.place();
@@ -244,56 +248,72 @@ template <class Shape> QKV_DEVICE void share_state(DecodeState<Shape> &state, fl
 }
 
 // Merges the warps' states: the rows of the piece, or its partial state. A warp takes a row at a time, a lane four
-// neighbouring channels.
-template <class Shape>
-QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, const Piece &piece, float v_scale, const float *shared) {
+// neighbouring channels. The last piece of a worker may be one that others' states are merged with.
+template <class Shape, bool kMerges>
+QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, const Piece &piece, float v_scale, int32_t merged,
+                           const float *shared) {
+  constexpr int kChunk = 4 * kWarp; // channels of a warp at a time
   const float *states = shared + Shape::kWarps * Shape::kRows * Shape::kStride;
   const int thread = reread_thread_index(), lane = thread % kWarp;
   const quantkv_half &v = params.op.cache.v;
-  const bool by_channel = is_quantized(format_of(v)) && v.scale.channel_stride != 0;
+  const bool by_channel = is_quantized(format_of(v)) && v.scale.channel_stride != 0, whole = piece.slot < 0;
+  const int32_t worker = DecodeWork::worker_of(list);
+  const MergeRole role(list, worker, piece.merge, merged, Shape::kMostPieces);
+  if (!whole && !role.is_sound) return;
+  const bool to_output = whole || (kMerges && role.is_first);
   for (int row = thread / kWarp; row < piece.rows(); row += Shape::kWarps) {
-    float max = negative_infinity(), sum = 0.0f, weight[Shape::kWarps];
+    MergeState own = {negative_infinity(), 0.0f, {}};
+    float weight[Shape::kWarps];
     QKV_UNROLL
-    for (int warp = 0; warp < Shape::kWarps; warp++) max = maximum(max, states[2 * (warp * Shape::kRows + row)]);
+    for (int warp = 0; warp < Shape::kWarps; warp++) own.max = maximum(own.max, states[2 * (warp * Shape::kRows + row)]);
     QKV_UNROLL
     for (int warp = 0; warp < Shape::kWarps; warp++) {
       const float *of = states + 2 * (warp * Shape::kRows + row);
-      weight[warp] = softmax_rescale(of[0], max);
-      sum += of[1] * weight[warp];
+      weight[warp] = softmax_rescale(of[0], own.max);
+      own.sum += of[1] * weight[warp];
     }
     const int query = piece.query_of(row), head = piece.first_head + row - query * piece.num_heads;
     const int token = piece.first_token + query;
-    const bool whole = piece.slot < 0;
-    SoftmaxEnd end = {};
-    if (whole) end = end_of_row(params, head, max, sum);
-    for (int channel = 4 * lane; channel < Shape::kDim; channel += 4 * kWarp) {
-      float acc[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+    QKV_UNROLL
+    for (int first = 0; first < Shape::kDim; first += kChunk) {
+      const bool inside = first + 4 * lane < Shape::kDim, is_last = first + kChunk >= Shape::kDim;
+      const int channel = inside ? first + 4 * lane : 0;
+      MergeState state = {own.max, own.sum, {0.0f, 0.0f, 0.0f, 0.0f}};
       QKV_UNROLL
       for (int warp = 0; warp < Shape::kWarps; warp++) {
         const float *from = shared + (warp * Shape::kRows + row) * Shape::kStride;
         QKV_UNROLL
         for (int i = 0; i < 2; i++) {
           const Words<2> pair = *reinterpret_cast<const Words<2> *>(from + shared_pair<Shape>(channel + 2 * i));
-          acc[2 * i] += float_of(pair.w[0]) * weight[warp];
-          acc[2 * i + 1] += float_of(pair.w[1]) * weight[warp];
+          state.acc[2 * i] += float_of(pair.w[0]) * weight[warp];
+          state.acc[2 * i + 1] += float_of(pair.w[1]) * weight[warp];
         }
       }
-      if (whole) {
+      if constexpr (kMerges) {
+        if (!whole) {
+          // A worker that has waited in vain writes nothing.
+          QKV_NO_UNROLL
+          for (int step = 0; step < 2; step++) {
+            const int32_t distance = step == 0 ? 1 : 1 << role.shift, count = step == 0 ? role.members : role.runs;
+            if (!merge_slots<Shape::kAtOnce>(state, list, worker + distance, distance, count, row, channel / 4, inside, is_last)) return;
+          }
+        }
+      }
+      if (to_output) {
+        const SoftmaxEnd end = end_of_row(params, head, state.max, state.sum);
         QKV_UNROLL
         for (int i = 0; i < 4; i++) {
-          acc[i] = softmax_result(acc[i], end) * (by_channel ? static_scale(v, piece.kv_head, channel + i) : v_scale);
+          state.acc[i] = softmax_result(state.acc[i], end) * (by_channel ? static_scale(v, piece.kv_head, channel + i) : v_scale);
         }
-        store_activation_x4(params.op, row_index(params.op.output, token, head) + channel, acc);
+        if (inside) store_activation_x4(params.op, row_index(params.op.output, token, head) + channel, state.acc);
+        if (is_last && lane == 0) store_lse(params, token, head, end.lse);
       } else {
         Words<4> values;
         QKV_UNROLL
-        for (int i = 0; i < 4; i++) values.w[i] = bits_of(acc[i]);
-        *reinterpret_cast<Words<4> *>(partial_values(list, piece.slot, row) + channel) = values;
+        for (int i = 0; i < 4; i++) values.w[i] = state_word(state.acc[i]);
+        if (inside) store_relaxed(slot_values(list, worker, row) + channel / 4, values);
+        if (is_last && lane == 0) store_relaxed(slot_state(list, worker, row), Words<2>{{state_word(state.max), state_word(state.sum)}});
       }
-    }
-    if (lane == 0) {
-      if (whole) store_lse(params, token, head, end.lse);
-      else store_partial_state(list, piece.slot, row, max, sum);
     }
   }
 }
@@ -313,7 +333,6 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
   QKV_DYNAMIC_SHARED(shared_bytes);
   QKV_SHARED(DecodeQuery<Shape>, queries, 2); // of this piece and of the next, in turn
   QKV_SHARED(DecodeWork, works, Shape::kWarps);
-  QKV_SHARED(PendingMerges, pending, 1);
   float *shared = reinterpret_cast<float *>(shared_bytes);
   DecodeWork &work = works[warp_index()];
   const quantkv_half &k = params.op.cache.k, &v = params.op.cache.v;
@@ -325,18 +344,15 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     const int32_t *entry = tiles.entry(0);
     const int32_t block = entry != nullptr ? *entry : 0;
     const float scale = static_scale(k, piece.kv_head, 0), v_scale = static_scale(v, piece.kv_head, 0);
-    const int thread = reread_thread_index();
-    if (piece.merge >= 0 && thread < 2) {
-      copy_async_16(reinterpret_cast<Words<4> *>(&pending->merges[piece.slot & 1]) + thread,
-                    reinterpret_cast<const Words<4> *>(&list.merges[piece.merge]) + thread, true);
-      pending->index[piece.slot & 1] = piece.merge;
-      pending->v_scale[piece.slot & 1] = v_scale;
-    }
+    const int32_t merged = piece.merge >= 0 ? list.merges[piece.merge].num_pieces : 0;
     begin_query(queries[slot], params, piece);
     work.bases[slot][lane_index()] = tiles.bases();
     work.blocks[lane_index()] = tiles.checked(entry, block);
     work.k_scale[lane_index()] = scale;
-    if (lane_index() == 0) work.v_scale[slot] = v_scale;
+    if (lane_index() == 0) {
+      work.v_scale[slot] = v_scale;
+      work.merged[slot] = merged;
+    }
   };
   // Aims at the tile at `position` of the piece in `slot`, number `in_batch` of those that the lanes' `blocks` are for.
   auto aim = [&](int slot, int32_t blocks, int32_t in_batch, int32_t position) {
@@ -368,8 +384,6 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     load_scales();
   };
   work.begin();
-  if (thread_index() == 0) pending->begin();
-  sync_warp();
   // A plan of an earlier call is not what the kernel before this one writes: there is no need to wait to read it.
   bool any_work = false;
   if (params.op.plan_is_ready) {
@@ -393,7 +407,6 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     tiles.next_blocks = work.blocks[lane_index()];
     tiles.begin_batch(0);
     work.set_whole(params, piece);
-    if (piece.merge >= 0 && thread_index() == Shape::kThreads - 1) pending->prepare(params, list, piece.slot & 1, Shape::kRowTiles == 1 ? 36 : 16);
     // The next piece, once loads of this one's second tile are on their way; if there is none, now.
     if ((tiles.count < 2 || !Shape::kLooksLate) && work.next(params, list, slot ^ 1)) {
       begin_piece(next_piece, slot ^ 1);
@@ -454,10 +467,12 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     copy_async_wait<0>();
     if (work.found) make_query(queries[slot ^ 1], params, next_piece, work.k_scale[lane_index()]);
     sync_threads();
-    write_rows<Shape>(params, list, piece, work.v_scale[slot], shared);
-    if (!work.found) break;
+    if (!work.found) {
+      write_rows<Shape, true>(params, list, piece, work.v_scale[slot], work.merged[slot], shared);
+      break;
+    }
+    write_rows<Shape, false>(params, list, piece, work.v_scale[slot], work.merged[slot], shared);
   }
-  merge_when_last<Shape>(params, list, *pending, shared);
 #endif
 }
 

@@ -76,6 +76,9 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
     return compute_capability >= 90 || kMostBlocks == 1 ? kMostBlocks : kMostBlocks - 1;
   }
 
+  // Others' pieces that a thread has on their way when it merges, and how many are merged in one step.
+  static constexpr int kAtOnce = 7, kMostPieces = 15;
+
   // Shared memory: O [warps, rows, kStride] f32, then (max, sum) [warps, rows]. A row holds the pairs of channels of
   // each 16-channel tile side by side, lane / 4 of them, and pads that keep lanes on different banks: see shared_pair().
   static constexpr int kTileStride = 20, kStride = kSteps * kTileStride + 4;

@@ -2,7 +2,7 @@
 //
 // One block a work list. It goes through the sequences kPlanThreads at a time, and through the groups of those the
 // same way; prefix sums over the block give every group its place and the units before it. Then each worker's share
-// is a division, and its first group a binary search.
+// is a division, and its first group a binary search; or, where groups are about alike, all get the same number of pieces.
 //
 // What nobody has checked is checked here: query starts that decrease, leave the rows, reach back into rows claimed
 // before or are too far apart make a sequence be skipped, lengths are clamped to the block table; both set a fault.
@@ -58,6 +58,7 @@ struct SequenceBatch {
   int64_t warp_sums[kPlanWarps];
   int32_t claimed; // rows below belong to sequences before
   int32_t is_bad;  // whether some query start is
+  int32_t largest[kPlanWarps];
 };
 
 // Whether a sequence may have the rows `first` .. `last`, where those below `claimed` are others'.
@@ -114,11 +115,90 @@ QKV_DEVICE WorkGroup group_of(const AttentionParams &params, const WorkList &lis
   return group;
 }
 
+QKV_DEVICE void write_merge(const AttentionParams &params, const WorkList &list, const WorkGroup &group, int32_t column,
+                            int32_t first_worker, int32_t num_pieces, int32_t first_slot) {
+  const ColumnHeads heads(params, list, column);
+  Merge merge = {};
+  merge.first_token = group.first_token;
+  merge.num_queries = group.num_queries;
+  merge.first_head = heads.first_head;
+  merge.num_heads = heads.num_heads;
+  merge.kv_head = heads.kv_head;
+  merge.first_worker = first_worker;
+  merge.num_pieces = num_pieces;
+  merge.first_slot = first_slot;
+  list.merges[first_worker] = merge;
+}
+
+// Groups of about the same length are shared out evenly: every (group, column) in the same number of pieces, or several whole
+// ones a worker. Pieces then begin together, one ends with its worker, and all heads of a sequence are read at a time.
+struct EvenShares {
+  int32_t pieces; // of a (group, column), each a worker's; 0: not to be shared out like this
+  int32_t groups; // or so many whole ones a worker, of one column
+
+  // Groups that workers begin with.
+  QKV_DEVICE int32_t starts(int32_t num_groups) const { return (num_groups + groups - 1) / groups; }
+};
+
+constexpr int kMostEvenGroups = 16, kEvenTolerance = 32; // the longest share may be 1/32 longer than otherwise
+
+// `units` of all, `largest` of the longest group; what a worker does otherwise is `share`.
+QKV_DEVICE EvenShares even_shares(const WorkList &list, int32_t num_groups, int64_t share, int32_t largest) {
+  const int64_t pairs = static_cast<int64_t>(num_groups) * list.columns;
+  EvenShares even = {1, 1};
+  int64_t cost;
+  if (pairs > list.workers) {
+    const int64_t groups = (pairs + list.workers - 1) / list.workers;
+    if (groups > kMostEvenGroups) return {0, 0};
+    even.groups = static_cast<int32_t>(groups);
+    if (even.starts(num_groups) * list.columns > list.workers) return {0, 0};
+    cost = groups * largest;
+  } else {
+    const int32_t tiles = largest - list.piece_cost;
+    even.pieces = smaller_of(list.workers / static_cast<int32_t>(pairs), larger_of(tiles / list.min_tiles, 1));
+    cost = (tiles + even.pieces - 1) / even.pieces + list.piece_cost;
+  }
+  // Other shares begin and end anywhere, a piece more each.
+  return cost * kEvenTolerance <= (share + list.piece_cost) * (kEvenTolerance + 1) ? even : EvenShares{0, 0};
+}
+
+// The worker's part of that, and where it is the first of several, their record.
+QKV_DEVICE void even_start(const AttentionParams &params, const WorkList &list, int32_t num_groups, const EvenShares &even, int32_t worker) {
+  WorkerStart start = {};
+  start.merge = -1;
+  const int32_t pair = worker / even.pieces, piece = worker - pair * even.pieces, starts = even.starts(num_groups);
+  const int32_t group = pair / list.columns, column = pair - group * list.columns;
+  if (group < starts) {
+    const WorkGroup found = list.groups[group];
+    start.group = group;
+    start.column = column;
+    const int32_t tiles = tiles_of(found, list.tile), pieces = smaller_of(even.pieces, tiles);
+    if (even.pieces == 1) {
+      start.group_step = starts;
+      start.units = units_of(found, list);
+      for (int32_t other = group + starts; other < num_groups; other += starts) start.units += units_of(list.groups[other], list);
+    } else if (piece < pieces) {
+      const int32_t begin = static_cast<int32_t>(static_cast<int64_t>(tiles) * piece / pieces);
+      const int32_t end = static_cast<int32_t>(static_cast<int64_t>(tiles) * (piece + 1) / pieces);
+      start.first = piece == 0 ? 0 : list.piece_cost + begin;
+      start.units = list.piece_cost + end - start.first;
+      start.merge = piece == 0 ? -1 : worker - piece;
+      if (piece == 0 && pieces > 1) write_merge(params, list, found, column, worker, pieces, 2 * worker);
+    }
+  }
+  list.starts[worker] = start;
+}
+
 // The share of each worker and the pieces to be merged. `units` > 0.
 QKV_DEVICE void hand_out(const AttentionParams &params, const WorkList &list, int32_t num_groups, int64_t units,
-                         const int64_t *first_units /* shared [kPlanThreads] */) {
+                         int32_t largest, const int64_t *first_units /* shared [kPlanThreads] */) {
   int64_t most = units / list.min_tiles;
   int64_t busy = most < 1 ? 1 : most < list.workers ? most : list.workers;
+  const EvenShares even = list.merges_itself ? even_shares(list, num_groups, units / busy, largest) : EvenShares{0, 0};
+  if (even.pieces > 0) {
+    for (int32_t worker = thread_index(); worker < list.workers; worker += kPlanThreads) even_start(params, list, num_groups, even, worker);
+    return;
+  }
   for (int32_t worker = thread_index(); worker < list.workers; worker += kPlanThreads) {
     if (worker >= busy) {
       list.starts[worker] = WorkerStart{};
@@ -152,24 +232,29 @@ QKV_DEVICE void hand_out(const AttentionParams &params, const WorkList &list, in
     const auto worker_at = [&](int64_t at) { return static_cast<int32_t>(((at + 1) * busy + units - 1) / units - 1); };
     const int32_t first = worker_at(tiles_start);
     list.starts[worker] = WorkerStart{next_unit - unit, group, static_cast<int32_t>(column),
-                                      static_cast<int32_t>(unit - column_start), tiles_start < unit ? first : -1};
+                                      static_cast<int32_t>(unit - column_start), tiles_start < unit ? first : -1, 0};
 
     // The second worker of a (group, column) writes its record.
     if (tiles_start < unit && first == worker - 1) {
-      const ColumnHeads heads(params, list, static_cast<int32_t>(column));
-      Merge merge = {};
-      merge.first_token = found.first_token;
-      merge.num_queries = found.num_queries;
-      merge.first_head = heads.first_head;
-      merge.num_heads = heads.num_heads;
-      merge.kv_head = heads.kv_head;
-      merge.first_worker = first;
-      merge.num_pieces = worker_at(column_start + size - 1) - first + 1;
-      merge.first_slot = 2 * first + (first * units / busy < column_start ? 1 : 0);
-      list.merges[first] = merge;
+      write_merge(params, list, found, static_cast<int32_t>(column), first, worker_at(column_start + size - 1) - first + 1,
+                  2 * first + (first * units / busy < column_start ? 1 : 0));
     }
   }
 }
+
+// Empties the slots of kernels that merge themselves: block `part` of `parts`.
+QKV_DEVICE void empty_slots(const WorkList &list, int32_t part, int32_t parts) {
+  if (!list.merges_itself) return;
+  const Words<4> nothing = {{kNotThere, kNotThere, kNotThere, kNotThere}};
+  const int64_t rows = static_cast<int64_t>(list.workers) * list.rows, values = rows * list.value_stride / 4, states = rows / 2;
+  for (int64_t i = part * kPlanThreads + thread_index(); i < values; i += static_cast<int64_t>(parts) * kPlanThreads) {
+    reinterpret_cast<Words<4> *>(list.values)[i] = nothing;
+    if (i <= states) reinterpret_cast<Words<4> *>(list.states)[i] = nothing; // there are twice as many as are used
+  }
+}
+
+// Grid: lists, 1 + kSlotBlocks; the first row plans, the others empty slots meanwhile.
+constexpr int kSlotBlocks = 16;
 
 QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists call) {
   QKV_SHARED(SequenceBatch, batches, 1);
@@ -180,17 +265,20 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists
   // The kernel after this one may come, to wait: it reads nothing before this one has ended.
   allow_next_kernel();
   wait_for_previous_kernel();
+  if (block_index_y() > 0) {
+    empty_slots(list, block_index_y() - 1, kSlotBlocks);
+    return;
+  }
   if (thread == 0) {
     batch.claimed = 0;
   }
   for (int32_t worker = thread; worker < list.workers; worker += kPlanThreads) {
     list.merges[worker].num_pieces = 0;
-    QKV_UNROLL
-    for (int i = 0; i < 3; i++) list.tickets[i * list.workers + worker] = 0;
   }
   sync_threads();
 
   int64_t num_groups = 0, num_units = 0;
+  int32_t largest = 0; // units of this thread's groups
   for (int64_t base = 0; base < params.op.num_seqs; base += kPlanThreads) {
     const int32_t given = base + thread < params.op.num_seqs ? params.op.seq_lens[base + thread] : 0;
     read_query_starts(params, base, batch);
@@ -222,6 +310,7 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists
         group = group_of(params, list, static_cast<int32_t>(base + i), batch.first[i], batch.last[i], batch.length[i],
                          index - batch.groups_before[i]);
         units = units_of(group, list);
+        largest = larger_of(largest, static_cast<int32_t>(units));
       }
       group.first_unit = num_units + block_prefix(units, batch.warp_sums, new_units);
       if (index < batch_groups && num_groups + index < list.max_groups) list.groups[num_groups + index] = group;
@@ -232,8 +321,15 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists
     sync_threads();
   }
 
+  QKV_UNROLL
+  for (int mask = 1; mask < kWarp; mask *= 2) largest = larger_of(largest, static_cast<int32_t>(shuffle_xor(static_cast<uint32_t>(largest), mask)));
+  if (lane_index() == 0) batch.largest[warp_index()] = largest;
+  sync_threads();
+  largest = batch.largest[lane_index() % kPlanWarps];
+  QKV_UNROLL
+  for (int mask = 1; mask < kWarp; mask *= 2) largest = larger_of(largest, static_cast<int32_t>(shuffle_xor(static_cast<uint32_t>(largest), mask)));
   if (num_groups > 0) {
-    hand_out(params, list, static_cast<int32_t>(num_groups), num_units * list.columns, batch.first_units);
+    hand_out(params, list, static_cast<int32_t>(num_groups), num_units * list.columns, largest, batch.first_units);
   } else {
     for (int32_t worker = thread; worker < list.workers; worker += kPlanThreads) list.starts[worker] = WorkerStart{};
   }

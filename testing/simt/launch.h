@@ -37,7 +37,7 @@ template <class... Params> struct KernelCall : Work {
 
 template <class... Params, class... Args>
 int launch(const char *name, void (*kernel)(Params...), Grid grid, int threads, size_t shared_bytes, void *stream,
-           bool overlapped, Args... args) {
+           bool overlapped, bool in_order, Args... args) {
   static_assert((sizeof(Params) + ... + 0) <= 4096, "kernel parameters are at most 4096 bytes");
   static_assert((std::is_trivially_copyable_v<Params> && ...), "kernel parameters are plain data");
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return QUANTKV_OK;
@@ -46,6 +46,7 @@ int launch(const char *name, void (*kernel)(Params...), Grid grid, int threads, 
   work->threads = threads;
   work->shared_bytes = shared_bytes;
   work->overlapped = overlapped;
+  work->in_order = in_order;
   return submit(std::move(work), grid, stream);
 }
 
@@ -54,6 +55,8 @@ int launch(const char *name, void (*kernel)(Params...), Grid grid, int threads, 
 
 #define QKV_UNPAREN(...) __VA_ARGS__
 #define QKV_LAUNCH(kernel, grid, threads, shared_bytes, stream, ...)                                                   \
-  quantkv::simt::launch(#kernel, QKV_UNPAREN kernel, grid, threads, shared_bytes, stream, false, __VA_ARGS__)
+  quantkv::simt::launch(#kernel, QKV_UNPAREN kernel, grid, threads, shared_bytes, stream, false, false, __VA_ARGS__)
 #define QKV_LAUNCH_OVERLAPPED(kernel, grid, threads, shared_bytes, stream, ...)                                        \
-  quantkv::simt::launch(#kernel, QKV_UNPAREN kernel, grid, threads, shared_bytes, stream, true, __VA_ARGS__)
+  quantkv::simt::launch(#kernel, QKV_UNPAREN kernel, grid, threads, shared_bytes, stream, true, false, __VA_ARGS__)
+#define QKV_LAUNCH_IN_ORDER(kernel, grid, threads, shared_bytes, stream, ...)                                          \
+  quantkv::simt::launch(#kernel, QKV_UNPAREN kernel, grid, threads, shared_bytes, stream, true, true, __VA_ARGS__)

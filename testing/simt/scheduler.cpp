@@ -366,7 +366,8 @@ int run(const Work &wanted) {
   uint64_t random = order();
   const int64_t plane = static_cast<int64_t>(wanted.grid.x) * wanted.grid.y;
   std::vector<int64_t> blocks(static_cast<size_t>(plane * wanted.grid.z));
-  arrange(blocks, random);
+  if (wanted.in_order) std::iota(blocks.begin(), blocks.end(), 0);
+  else arrange(blocks, random);
   for (int64_t b : blocks) {
     block_index = {static_cast<int>(b % wanted.grid.x), static_cast<int>(b / wanted.grid.x % wanted.grid.y), static_cast<int>(b / plane)};
     run_block(random);

@@ -6,7 +6,8 @@
 //
 // So there is no parallelism and no preemption: every run with the same order gives the same result. The order of
 // blocks, warps and lanes is forward, reversed, or shuffled anew each round by a seed; a kernel that forgot a barrier
-// gives another result in one of them.
+// gives another result in one of them. Only the blocks of a launch that counts on their order (QKV_LAUNCH_IN_ORDER) go forward
+// always.
 //
 // A warp collective (shuffle, mma, ...) works by deposit: each lane leaves its operand and waits; the last one to
 // arrive computes every lane's result. A fault (deadlock, misaligned address, ...) ends the launch with a message and
@@ -136,6 +137,7 @@ struct Work {
   size_t shared_bytes = 0;        // dynamic
   size_t static_shared_limit = 0; // what that leaves for static arrays
   bool overlapped = false;
+  bool in_order = false; // blocks wait for blocks of lower index
 };
 
 // Runs a grid now and gives a quantkv_status.

@@ -20,10 +20,6 @@ QKV_DEVICE int forget(int x) {
 template <class T> QKV_DEVICE T keep(T x) { return x; }
 QKV_DEVICE int reread_thread_index() { return thread_index(); }
 
-QKV_DEVICE uint32_t atomic_add_ordered(uint32_t *word, uint32_t value) {
-  return __hip_atomic_fetch_add(word, value, __ATOMIC_ACQ_REL, __HIP_MEMORY_SCOPE_AGENT);
-}
-
 // ---- bits and floats
 
 QKV_DEVICE uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
