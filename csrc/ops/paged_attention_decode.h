@@ -126,7 +126,11 @@ template <class Shape> QKV_DEVICE void follow_scales(DecodeState<Shape> &state, 
   }
 }
 
-// Scores to weights, relative to a maximum that may grow; p is the operand of the second product.
+// How far scores may exceed what weights are relative to, before that follows: weights up to 2^8 lose nothing in f16.
+constexpr float kMostAbove = 8.0f;
+
+// Scores to weights, relative to state.max; p is the operand of the second product. state.max is a score, within kMostAbove
+// of the largest: to find the largest takes lanes six shuffles, to see that none is that far above takes them a vote.
 template <class Shape>
 QKV_DEVICE void make_weights(uint32_t (&p)[Shape::kParts][Shape::kRowTiles][2], const float (&c)[Shape::kParts][Shape::kRowTiles][4],
                              DecodeState<Shape> &state, const DecodeTile<Shape> &tile) {
@@ -139,15 +143,15 @@ QKV_DEVICE void make_weights(uint32_t (&p)[Shape::kParts][Shape::kRowTiles][2], 
       first = maximum(first, maximum(c[part][i][0], c[part][i][2]));
       second = maximum(second, maximum(c[part][i][1], c[part][i][3]));
     }
-    QKV_UNROLL
-    for (int mask = 4; mask < 32; mask *= 2) {
-      first = maximum(first, shuffle_xor(first, mask));
-      second = maximum(second, shuffle_xor(second, mask));
-    }
-    first = maximum(first, state.max[i][0]);
-    second = maximum(second, state.max[i][1]);
-    // After the first tiles the maximum rarely grows.
-    if (any(first > state.max[i][0] || second > state.max[i][1])) {
+    // After the first tile rarely any.
+    if (any(first > state.max[i][0] + kMostAbove || second > state.max[i][1] + kMostAbove)) {
+      QKV_UNROLL
+      for (int mask = 4; mask < 32; mask *= 2) {
+        first = maximum(first, shuffle_xor(first, mask));
+        second = maximum(second, shuffle_xor(second, mask));
+      }
+      first = maximum(first, state.max[i][0]);
+      second = maximum(second, state.max[i][1]);
       float rescale0 = softmax_rescale(state.max[i][0], first), rescale1 = softmax_rescale(state.max[i][1], second);
       state.sum[i][0] *= rescale0;
       state.sum[i][1] *= rescale1;
@@ -155,7 +159,7 @@ QKV_DEVICE void make_weights(uint32_t (&p)[Shape::kParts][Shape::kRowTiles][2], 
       state.max[i][0] = first;
       state.max[i][1] = second;
     }
-    const float reference0 = softmax_reference(first), reference1 = softmax_reference(second);
+    const float reference0 = softmax_reference(state.max[i][0]), reference1 = softmax_reference(state.max[i][1]);
     QKV_UNROLL
     for (int part = 0; part < Shape::kParts; part++) {
       const float(&score)[4] = c[part][i];
@@ -186,7 +190,7 @@ struct DecodeWork {
   WorkerStart place;
   bool started, found;
   Piece pieces[2];              // this one and the next, in turn
-  int32_t whole_begin, whole_end; // positions every row of this piece sees
+  uint32_t whole_begin, whole_span; // every row of this piece sees the tiles that begin at whole_begin .. + whole_span
   Words<4> bases[2][kWarp];     // of each piece, a lane: DecodeTiles::bases
   int32_t blocks[kWarp];        // of the first batch of tiles of the next piece, a lane
   float k_scale[kWarp];         // of the next piece's head, the same for every lane
@@ -211,14 +215,16 @@ struct DecodeWork {
     return found;
   }
 
-  QKV_DEVICE void set_whole(const AttentionParams &params, const Piece &piece) {
+  QKV_DEVICE void set_whole(const AttentionParams &params, const Piece &piece, int32_t tile) {
     if (lane_index() == 0) {
       const int32_t last_first = visible_to(params, piece.first_position + piece.num_queries - 1).first;
-      whole_begin = larger_of(piece.begin, last_first);
-      whole_end = smaller_of(piece.end, piece.first_position + 1);
+      const int32_t begin = larger_of(piece.begin, last_first), end = smaller_of(piece.end, piece.first_position + 1) - tile;
+      whole_begin = begin <= end ? begin : 0xffffffffu; // no position is that, nor behind it
+      whole_span = begin <= end ? end - begin : 0;
     }
     sync_warp();
   }
+  QKV_DEVICE bool is_whole(int32_t position) const { return static_cast<uint32_t>(position) - whole_begin <= whole_span; }
 };
 
 // A warp's state to shared memory: O [warps, rows, kStride], (max, sum) [warps, rows].
@@ -354,12 +360,16 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
       work.merged[slot] = merged;
     }
   };
-  // Aims at the tile at `position` of the piece in `slot`, number `in_batch` of those that the lanes' `blocks` are for.
-  auto aim = [&](int slot, int32_t blocks, int32_t in_batch, int32_t position) {
+  // The blocks of a tile, number `in_batch` of those that the lanes' `blocks` are for.
+  auto look = [&](int32_t blocks, int32_t in_batch) {
+    QKV_UNROLL
+    for (int i = 0; i < Shape::kParts; i++) loaders[i].look(params, blocks, in_batch * Shape::kParts + i);
+  };
+  // Aims at that tile, at `position` of the piece in `slot`.
+  auto aim = [&](int slot, int32_t position) {
     QKV_UNROLL
     for (int i = 0; i < Shape::kParts; i++) {
-      loaders[i].aim(params, work.bases[slot][lane_index()], work.pieces[slot].kv_head, blocks, in_batch * Shape::kParts + i,
-                     position + i * Shape::kPart);
+      loaders[i].aim(params, work.bases[slot][lane_index()], work.pieces[slot].kv_head, position + i * Shape::kPart);
       next.parts[i].halves = loaders[i].halves();
     }
   };
@@ -378,7 +388,8 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     }
   };
   auto load_first = [&](const Piece &piece, int slot) {
-    aim(slot, work.blocks[lane_index()], 0, Tiles(params, piece).position(0));
+    look(work.blocks[lane_index()], 0);
+    aim(slot, Tiles(params, piece).position(0));
     load_keys();
     if constexpr (!Shape::kNothingAhead) load_values(next);
     load_scales();
@@ -406,7 +417,7 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     Tiles tiles(params, piece);
     tiles.next_blocks = work.blocks[lane_index()];
     tiles.begin_batch(0);
-    work.set_whole(params, piece);
+    work.set_whole(params, piece, Shape::kTile);
     // The next piece, once loads of this one's second tile are on their way; if there is none, now.
     if ((tiles.count < 2 || !Shape::kLooksLate) && work.next(params, list, slot ^ 1)) {
       begin_piece(next_piece, slot ^ 1);
@@ -417,7 +428,15 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     for (int32_t n = 0; n < tiles.count; n++) {
       DecodeTile<Shape> tile = next;
       tile.position = tiles.position(n);
-      tile.whole = tile.position >= work.whole_begin && tile.position + Shape::kTile <= work.whole_end && tile.has_all_halves();
+      tile.whole = work.is_whole(tile.position) && tile.has_all_halves();
+      const bool is_last = n + 1 == tiles.count, load = !is_last || work.found;
+      if (is_last) {
+        look(work.blocks[lane_index()], 0);
+      } else {
+        const int32_t in_batch = (n + 1) & (tiles.batch() - 1);
+        if (in_batch == 0) tiles.begin_batch(n + 1);
+        look(tiles.blocks, in_batch);
+      }
       float c[Shape::kParts][RowTiles][4];
       QKV_UNROLL
       for (int i = 0; i < Shape::kParts; i++) {
@@ -425,19 +444,8 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
         else multiply_keys<F>(c[i], tile.parts[i], query);
       }
       if constexpr (Shape::kNothingAhead) load_values(tile); // loaders still aim at this tile
-      const bool is_last = n + 1 == tiles.count, load = !is_last || work.found;
-      int32_t blocks = 0, in_batch = 0, ahead = slot, position = tile.position + Shape::kWarps * Shape::kTile;
-      if (is_last) {
-        blocks = work.blocks[lane_index()];
-        ahead = slot ^ 1;
-        position = Tiles(params, next_piece).position(0);
-      } else {
-        in_batch = (n + 1) & (tiles.batch() - 1);
-        if (in_batch == 0) tiles.begin_batch(n + 1);
-        blocks = tiles.blocks;
-      }
       if (load) {
-        aim(ahead, blocks, in_batch, position);
+        aim(is_last ? slot ^ 1 : slot, is_last ? Tiles(params, next_piece).position(0) : tile.position + Shape::kWarps * Shape::kTile);
         if constexpr (!Shape::kNothingAhead) load_keys();
         if constexpr (Shape::kValuesAhead) load_values(next);
         load_scales();

@@ -56,14 +56,14 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   static constexpr bool kLooksLate = kWithAhead <= 184;
   static constexpr bool kFits = kKept <= 204;
 
-  // Which token of a part this lane's scores c[2 * pair], c[2 * pair + 1] are of.
+  // Which token of a part this lane's scores c[2 * pair], c[2 * pair + 1] are of. Rarely asked for: not to be kept.
   static QKV_DEVICE int score_token(int pair) {
-    const int g = lane_index() / 4;
+    const int g = forget(lane_index()) / 4;
     return kWholeLines ? g % 2 * 8 + g / 2 + 4 * pair : g + 8 * pair;
   }
   // Which token this lane's row `row` of V is. Rows 0 .. 3 meet the weights of c's rows 2t, 2t + 1, 2t + 8, 2t + 9.
   static QKV_DEVICE int value_token(int row) {
-    const int t = lane_index() % 4;
+    const int t = forget(lane_index()) % 4;
     return kWholeLines ? t + 8 * (row % 2) + 4 * (row / 2) : 2 * t + row % 2 + 8 * (row / 2);
   }
 
@@ -211,12 +211,16 @@ template <class Shape> struct PartLoader {
   int32_t kv_head;
   uint64_t k[2], v[2];      // addresses of this lane's first row in each half
 
-  // The part at `position` of a piece of `head`, number `in_batch` of those that the lanes' `batch_blocks` are for.
-  QKV_DEVICE void aim(const AttentionParams &params, const Words<4> &bases, int32_t head, int32_t batch_blocks, int32_t in_batch,
-                      int32_t position) {
-    const quantkv_cache &cache = params.op.cache;
+  // The blocks of a part, number `in_batch` of those that the lanes' `batch_blocks` are for; a while before aim(), since it takes one.
+  QKV_DEVICE void look(const AttentionParams &params, int32_t batch_blocks, int32_t in_batch) {
     const bool halved = is_halved(params);
     low = high = shuffle(batch_blocks, halved ? 2 * in_batch : in_batch);
+    if (halved) high = shuffle(batch_blocks, 2 * in_batch + 1);
+  }
+
+  // That part, at `position` of a piece of `head`.
+  QKV_DEVICE void aim(const AttentionParams &params, const Words<4> &bases, int32_t head, int32_t position) {
+    const quantkv_cache &cache = params.op.cache;
     slot = position & ((1u << params.paging.block_shift) - 1);
     slot_high = slot + 8;
     kv_head = head;
@@ -225,8 +229,7 @@ template <class Shape> struct PartLoader {
     v[0] = row(v_base, cache.v, low, slot);
     k[1] = k[0] + 8 * slot_bytes(cache.k);
     v[1] = v[0] + 8 * slot_bytes(cache.v);
-    if (halved) {
-      high = shuffle(batch_blocks, 2 * in_batch + 1);
+    if (is_halved(params)) {
       slot_high = 0;
       k[1] = row(k_base, cache.k, high, 0);
       v[1] = row(v_base, cache.v, high, 0);
