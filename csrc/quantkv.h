@@ -67,7 +67,8 @@ enum quantkv_fault {
   QUANTKV_FAULT_SLOT = 1,
   QUANTKV_FAULT_BLOCK = 2,
   QUANTKV_FAULT_SEQ_LEN = 4,
-  QUANTKV_FAULT_QUERY_START = 8
+  QUANTKV_FAULT_QUERY_START = 8,
+  QUANTKV_FAULT_PLAN = 16
 };
 
 /* A CUstream / cudaStream_t. Null is the default stream. */
@@ -261,7 +262,8 @@ typedef struct quantkv_paged_attention {
   size_t workspace_bytes;
   int32_t plan_is_ready;        /* not 0: the workspace holds the plan of an earlier call (another layer of the same
                                    step) with the same sizes, max_query_len, lengths and window; the scheduling
-                                   kernel is not run */
+                                   kernel is not run. If it holds anything else results are wrong, or rows are left
+                                   alone, maybe with QUANTKV_FAULT_PLAN */
   int32_t kernel;               /* quantkv_attention_kernel */
   int64_t max_query_len;        /* the most queries of any sequence, or 0: not known. A sequence with more is skipped,
                                    with QUANTKV_FAULT_QUERY_START. Decode and speculative decoding that say so cost

@@ -26,11 +26,16 @@ impl Faults {
     /// `max_query_len` apart; the sequence was skipped.
     pub const QUERY_START_OUT_OF_RANGE: Faults = Faults(1 << 3);
 
-    const NAMES: [(Faults, &'static str); 4] = [
+    /// A workspace said to hold the plan of a call (`plan_is_ready`) held something else; rows of the output were left
+    /// alone. Not every such workspace is found out.
+    pub const NOT_THE_PLAN: Faults = Faults(1 << 4);
+
+    const NAMES: [(Faults, &'static str); 5] = [
         (Faults::SLOT_OUT_OF_RANGE, "slot out of range"),
         (Faults::BLOCK_OUT_OF_RANGE, "block out of range"),
         (Faults::SEQ_LEN_OUT_OF_RANGE, "sequence length out of range"),
         (Faults::QUERY_START_OUT_OF_RANGE, "query start out of range"),
+        (Faults::NOT_THE_PLAN, "not the plan of this call"),
     ];
 
     /// Whether nothing went wrong.

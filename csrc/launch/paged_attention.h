@@ -72,7 +72,8 @@ size_t place(WorkList &list, void *workspace, size_t offset) {
     part = reinterpret_cast<decltype(part + 0)>(static_cast<unsigned char *>(workspace) + offset);
     offset += (count * sizeof(*part) + 255) / 256 * 256;
   };
-  const size_t workers = static_cast<size_t>(list.workers), rows = 2 * workers * static_cast<size_t>(list.rows);
+  const size_t workers = static_cast<size_t>(list.workers), slots = (list.merges_itself ? 1 : 2) * workers;
+  const size_t rows = slots * static_cast<size_t>(list.rows);
   take(list.groups, static_cast<size_t>(list.max_groups));
   take(list.starts, workers);
   take(list.merges, workers);
@@ -145,15 +146,16 @@ Dispatch dispatch_of(const quantkv_paged_attention &op, const Device &device) {
 // No call of this shape, with these tokens or fewer, needs more: whatever its pointers, strides and kernel.
 size_t workspace_bound(const quantkv_paged_attention &op, const Device &device) {
   const AttentionParams params = params_of(op);
-  const auto bytes = [&](const KernelShape &shape) {
+  const auto bytes = [&](const KernelShape &shape, bool merges_itself = false) {
     WorkList list = list_of(params, shape, device);
+    list.merges_itself = merges_itself;
     // Rows may be cut another way: the most that there can be.
     list.rows = shape.max_rows;
     return place(list, nullptr, 0);
   };
   const size_t portable = bytes(portable_shape());
   if (device.compute_capability < 80) return portable;
-  size_t tensor_core = bytes(KernelShape{kDecodeTile, kDecodeRows, kDecodeBlocks, kDecodeMinTiles, kDecodePieceCost});
+  size_t tensor_core = bytes(KernelShape{kDecodeTile, kDecodeRows, kDecodeBlocks, kDecodeMinTiles, kDecodePieceCost}, true);
   const size_t prefill = bytes(KernelShape{kPrefillRows, kPrefillRows, kPrefillBlocks, 1, 0});
   const size_t hopper = bytes(kPrefillHopperShape);
   tensor_core += prefill > hopper ? prefill : hopper;

@@ -21,8 +21,8 @@
 //
 // Workspace of a list, each part aligned to 256 bytes:
 //   WorkGroup [max_groups]   WorkerStart [workers]   Merge [workers]
-//   float values [2 * workers, rows, value_stride]     accumulators, relative to max, without the static scale of V
-//   float states [2 * workers, rows, 2]                max (base 2) and sum
+//   float values [slots, rows, value_stride]     accumulators, relative to max, without the static scale of V
+//   float states [slots, rows, 2]                max (base 2) and sum
 //
 // The plan may be stale or garbage (plan_is_ready): whoever reads it checks it, and stops where it makes no sense.
 #pragma once

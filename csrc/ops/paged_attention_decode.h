@@ -265,7 +265,7 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
   const bool by_channel = is_quantized(format_of(v)) && v.scale.channel_stride != 0, whole = piece.slot < 0;
   const int32_t worker = DecodeWork::worker_of(list);
   const MergeRole role(list, worker, piece.merge, merged, Shape::kMostPieces);
-  if (!whole && !role.is_sound) return;
+  if (!whole && !role.is_sound) return set_fault(params.paging.faults, QUANTKV_FAULT_PLAN);
   const bool to_output = whole || (kMerges && role.is_first);
   for (int row = thread / kWarp; row < piece.rows(); row += Shape::kWarps) {
     MergeState own = {negative_infinity(), 0.0f, {}};
@@ -297,11 +297,12 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
       }
       if constexpr (kMerges) {
         if (!whole) {
-          // A worker that has waited in vain writes nothing.
           QKV_NO_UNROLL
           for (int step = 0; step < 2; step++) {
             const int32_t distance = step == 0 ? 1 : 1 << role.shift, count = step == 0 ? role.members : role.runs;
-            if (!merge_slots<Shape::kAtOnce>(state, list, worker + distance, distance, count, row, channel / 4, inside, is_last)) return;
+            if (!merge_slots<Shape::kAtOnce>(state, list, worker + distance, distance, count, row, channel / 4, inside, is_last)) {
+              return set_fault(params.paging.faults, QUANTKV_FAULT_PLAN); // and writes nothing
+            }
           }
         }
       }

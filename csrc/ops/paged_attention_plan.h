@@ -246,10 +246,10 @@ QKV_DEVICE void hand_out(const AttentionParams &params, const WorkList &list, in
 QKV_DEVICE void empty_slots(const WorkList &list, int32_t part, int32_t parts) {
   if (!list.merges_itself) return;
   const Words<4> nothing = {{kNotThere, kNotThere, kNotThere, kNotThere}};
-  const int64_t rows = static_cast<int64_t>(list.workers) * list.rows, values = rows * list.value_stride / 4, states = rows / 2;
+  const int64_t rows = static_cast<int64_t>(list.workers) * list.rows, values = rows * list.value_stride / 4;
   for (int64_t i = part * kPlanThreads + thread_index(); i < values; i += static_cast<int64_t>(parts) * kPlanThreads) {
     reinterpret_cast<Words<4> *>(list.values)[i] = nothing;
-    if (i <= states) reinterpret_cast<Words<4> *>(list.states)[i] = nothing; // there are twice as many as are used
+    if (2 * i < rows) reinterpret_cast<Words<4> *>(list.states)[i] = nothing; // two rows'; parts end on 256 bytes
   }
 }
 

@@ -21,6 +21,7 @@ const _: () = {
     assert!(Faults::BLOCK_OUT_OF_RANGE.bits() == QUANTKV_FAULT_BLOCK as u32);
     assert!(Faults::SEQ_LEN_OUT_OF_RANGE.bits() == QUANTKV_FAULT_SEQ_LEN as u32);
     assert!(Faults::QUERY_START_OUT_OF_RANGE.bits() == QUANTKV_FAULT_QUERY_START as u32);
+    assert!(Faults::NOT_THE_PLAN.bits() == QUANTKV_FAULT_PLAN as u32);
 };
 
 /// One half of a layer by address: codes, dynamic scales (null: none), static scales.

@@ -29,6 +29,7 @@ pub const QUANTKV_FAULT_SLOT: quantkv_fault = 1;
 pub const QUANTKV_FAULT_BLOCK: quantkv_fault = 2;
 pub const QUANTKV_FAULT_SEQ_LEN: quantkv_fault = 4;
 pub const QUANTKV_FAULT_QUERY_START: quantkv_fault = 8;
+pub const QUANTKV_FAULT_PLAN: quantkv_fault = 16;
 #[doc = "Bits of the sticky fault word: what kernels found in device data."]
 pub type quantkv_fault = ::core::ffi::c_int;
 #[doc = "A CUstream / cudaStream_t. Null is the default stream."]
@@ -514,7 +515,7 @@ pub struct quantkv_paged_attention {
     #[doc = "device, aligned to 256 bytes"]
     pub workspace: *mut ::core::ffi::c_void,
     pub workspace_bytes: usize,
-    #[doc = "not 0: the workspace holds the plan of an earlier call (another layer of the same\nstep) with the same sizes, max_query_len, lengths and window; the scheduling\nkernel is not run"]
+    #[doc = "not 0: the workspace holds the plan of an earlier call (another layer of the same\nstep) with the same sizes, max_query_len, lengths and window; the scheduling\nkernel is not run. If it holds anything else results are wrong, or rows are left\nalone, maybe with QUANTKV_FAULT_PLAN"]
     pub plan_is_ready: i32,
     #[doc = "quantkv_attention_kernel"]
     pub kernel: i32,
