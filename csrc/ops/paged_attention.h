@@ -7,7 +7,8 @@
 //   unit    the cost of a tile. A (group, column) is `piece_cost` units, for starting and ending it, and then one for
 //           each tile; the work is the units in the order group, column, tile
 //
-// Worker w (a block of a persistent grid) does starts[w].units units, from the place on that is said there. What it does
+// A worker (a block of a persistent grid: block b is worker starts[b].worker) does starts[b].units units, from the place on that
+// is said there, and worker w + 1 those after them. What it does
 // of one (group, column) is a *piece*. A piece that is all of it is finished at once; another one leaves its softmax state in
 // a slot of the workspace (two a worker: for its first piece and for its last one), and the pieces are combined in order by the
 // merge kernel. A kernel that merges itself (_decode_merge.h) has a slot a worker, for its first piece. Which worker does what
@@ -66,6 +67,7 @@ struct alignas(16) WorkerStart {
   int32_t first;         // unit of that (group, column)
   int32_t merge;         // index of the (group, column) it begins in the middle of; -1: it does not
   int32_t group_step;    // from a (group, column) that is done to the next one: as many groups on, same column; 0: the next column
+  int32_t worker;
 };
 
 // A (group, column) that several workers share: what the merge kernel needs of it.
@@ -168,30 +170,19 @@ QKV_DEVICE bool is_sound(const AttentionParams &params, const WorkList &list, co
 struct WorkIterator {
   const AttentionParams &params;
   const WorkList &list;
-  int32_t worker;
-  int64_t units;                // left
-  int32_t group, column, first; // of the next unit, as in WorkerStart
-  int32_t group_step;
+  WorkerStart place; // of what is left
   bool is_first;
 
-  QKV_DEVICE WorkIterator(const AttentionParams &params, const WorkList &list, int worker)
-      : params(params), list(list), worker(worker), is_first(true) {
-    const WorkerStart start = list.starts[worker];
-    units = start.units;
-    group = start.group;
-    column = start.column;
-    first = start.first;
-    group_step = start.group_step;
-  }
+  QKV_DEVICE WorkIterator(const AttentionParams &params, const WorkList &list, int block)
+      : params(params), list(list), place(list.starts[block]), is_first(true) {}
 
   // One that has given a piece, and how far it had come.
-  QKV_DEVICE WorkIterator(const AttentionParams &params, const WorkList &list, int worker, const WorkerStart &place)
-      : params(params), list(list), worker(worker), units(place.units), group(place.group), column(place.column),
-        first(place.first), group_step(place.group_step), is_first(false) {}
-
-  QKV_DEVICE WorkerStart place() const { return WorkerStart{units, group, column, first, -1, group_step}; }
+  QKV_DEVICE WorkIterator(const AttentionParams &params, const WorkList &list, const WorkerStart &place)
+      : params(params), list(list), place(place), is_first(false) {}
 
   QKV_DEVICE bool next(Piece &piece) {
+    int64_t &units = place.units;
+    int32_t &group = place.group, &column = place.column, &first = place.first;
     while (units > 0 && group >= 0 && group < list.max_groups) {
       const WorkGroup found = list.groups[group];
       if (!is_sound(params, list, found)) return false;
@@ -204,8 +195,8 @@ struct WorkIterator {
       first = stop;
       if (stop == cost) {
         first = 0;
-        if (group_step > 0) {
-          group = smaller_of(group_step, list.max_groups - group) + group;
+        if (place.group_step > 0) {
+          group += smaller_of(place.group_step, list.max_groups - group);
         } else if (++column == list.columns) {
           column = 0;
           group++;
@@ -225,8 +216,9 @@ struct WorkIterator {
       // The last tile may end past the largest int32_t.
       piece.end = end_tile == tiles ? found.end : (origin + end_tile) * list.tile;
       const bool is_whole = end_tile - first_tile == tiles;
-      piece.slot = is_whole ? -1 : 2 * worker + (is_first ? 0 : 1);
-      piece.merge = is_whole ? -1 : first_tile == 0 ? worker : list.starts[worker].merge;
+      if (place.worker < 0 || place.worker >= list.workers) return false;
+      piece.slot = is_whole ? -1 : 2 * place.worker + (is_first ? 0 : 1);
+      piece.merge = is_whole ? -1 : first_tile == 0 ? place.worker : place.merge;
       if (piece.merge >= list.workers) return false;
       is_first = false;
       return true;
@@ -251,12 +243,11 @@ struct SharedWork {
   QKV_DEVICE bool next(const AttentionParams &params, const WorkList &list, bool is_first, bool steps, Sync sync) {
     sync();
     if (steps) {
-      WorkIterator work = is_first ? WorkIterator(params, list, block_index_x())
-                                   : WorkIterator(params, list, block_index_x(), place);
+      WorkIterator work = is_first ? WorkIterator(params, list, block_index_x()) : WorkIterator(params, list, place);
       if (!is_first) work.is_first = !started;
       found = work.next(piece);
       started = !work.is_first;
-      place = work.place();
+      place = work.place;
     }
     sync();
     return found;

@@ -184,9 +184,6 @@ QKV_DEVICE void make_weights(uint32_t (&p)[Shape::kParts][Shape::kRowTiles][2], 
 // Where a warp is in the work of its block. In shared memory, since registers are for tiles; a copy for each warp, so
 // that none waits for another.
 struct DecodeWork {
-  // Workers that wait for others' states have begun after them.
-  static QKV_DEVICE int32_t worker_of(const WorkList &list) { return list.workers - 1 - block_index_x(); }
-
   WorkerStart place;
   bool started, found;
   Piece pieces[2];              // this one and the next, in turn
@@ -205,11 +202,10 @@ struct DecodeWork {
   // Looks for the next piece and puts it in pieces[slot].
   QKV_DEVICE bool next(const AttentionParams &params, const WorkList &list, int slot) {
     if (lane_index() == 0) {
-      const int32_t worker = worker_of(list);
-      WorkIterator work = started ? WorkIterator(params, list, worker, place) : WorkIterator(params, list, worker);
+      WorkIterator work = started ? WorkIterator(params, list, place) : WorkIterator(params, list, block_index_x());
       found = work.next(pieces[slot]);
       started = true;
-      place = work.place();
+      place = work.place;
     }
     sync_warp();
     return found;
@@ -256,14 +252,13 @@ template <class Shape> QKV_DEVICE void share_state(DecodeState<Shape> &state, fl
 // Merges the warps' states: the rows of the piece, or its partial state. A warp takes a row at a time, a lane four
 // neighbouring channels. The last piece of a worker may be one that others' states are merged with.
 template <class Shape, bool kMerges>
-QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, const Piece &piece, float v_scale, int32_t merged,
-                           const float *shared) {
+QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, const Piece &piece, int32_t worker, float v_scale,
+                           int32_t merged, const float *shared) {
   constexpr int kChunk = 4 * kWarp; // channels of a warp at a time
   const float *states = shared + Shape::kWarps * Shape::kRows * Shape::kStride;
   const int thread = reread_thread_index(), lane = thread % kWarp;
   const quantkv_half &v = params.op.cache.v;
   const bool by_channel = is_quantized(format_of(v)) && v.scale.channel_stride != 0, whole = piece.slot < 0;
-  const int32_t worker = DecodeWork::worker_of(list);
   const MergeRole role(list, worker, piece.merge, merged, Shape::kMostPieces);
   if (!whole && !role.is_sound) return set_fault(params.paging.faults, QUANTKV_FAULT_PLAN);
   const bool to_output = whole || (kMerges && role.is_first);
@@ -477,10 +472,10 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     if (work.found) make_query(queries[slot ^ 1], params, next_piece, work.k_scale[lane_index()]);
     sync_threads();
     if (!work.found) {
-      write_rows<Shape, true>(params, list, piece, work.v_scale[slot], work.merged[slot], shared);
+      write_rows<Shape, true>(params, list, piece, work.place.worker, work.v_scale[slot], work.merged[slot], shared);
       break;
     }
-    write_rows<Shape, false>(params, list, piece, work.v_scale[slot], work.merged[slot], shared);
+    write_rows<Shape, false>(params, list, piece, work.place.worker, work.v_scale[slot], work.merged[slot], shared);
   }
 #endif
 }

@@ -6,7 +6,7 @@
 // next call with this plan. The plan kernel does for the first one.
 //
 // Who waits must not keep those it waits for from running, so it only waits for blocks that have begun before it: blocks
-// begin in the order of their index, and worker w is the last block but w. A worker's piece that is the first of a (group,
+// begin in the order of their index, and the last worker is block 0. A worker's piece that is the first of a (group,
 // column) is its last piece, and those of the workers after it are their first, so it rarely waits for long.
 //
 // Many pieces are merged in two steps: runs of them, each by the worker of its first one, then what came of the runs.

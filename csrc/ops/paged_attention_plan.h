@@ -162,6 +162,13 @@ QKV_DEVICE EvenShares even_shares(const WorkList &list, int32_t num_groups, int6
   return cost * kEvenTolerance <= (share + list.piece_cost) * (kEvenTolerance + 1) ? even : EvenShares{0, 0};
 }
 
+// Puts down a worker's start for the block that is to be it. A kernel that merges itself has workers wait for workers after them,
+// so of the `busy` ones the last is block 0, which begins first.
+QKV_DEVICE void write_start(const WorkList &list, int32_t worker, int64_t busy, WorkerStart start) {
+  start.worker = worker;
+  list.starts[list.merges_itself && worker < busy ? busy - 1 - worker : worker] = start;
+}
+
 // The worker's part of that, and where it is the first of several, their record.
 QKV_DEVICE void even_start(const AttentionParams &params, const WorkList &list, int32_t num_groups, const EvenShares &even, int32_t worker) {
   WorkerStart start = {};
@@ -186,7 +193,7 @@ QKV_DEVICE void even_start(const AttentionParams &params, const WorkList &list, 
       if (piece == 0 && pieces > 1) write_merge(params, list, found, column, worker, pieces, 2 * worker);
     }
   }
-  list.starts[worker] = start;
+  write_start(list, worker, static_cast<int64_t>(starts) * list.columns * even.pieces, start);
 }
 
 // The share of each worker and the pieces to be merged. `units` > 0.
@@ -201,7 +208,7 @@ QKV_DEVICE void hand_out(const AttentionParams &params, const WorkList &list, in
   }
   for (int32_t worker = thread_index(); worker < list.workers; worker += kPlanThreads) {
     if (worker >= busy) {
-      list.starts[worker] = WorkerStart{};
+      write_start(list, worker, busy, WorkerStart{});
       continue;
     }
     const int64_t unit = worker * units / busy, next_unit = (worker + 1) * units / busy;
@@ -231,8 +238,13 @@ QKV_DEVICE void hand_out(const AttentionParams &params, const WorkList &list, in
     // The last worker that begins at `at` or before: worker * units / busy <= at, rounded down.
     const auto worker_at = [&](int64_t at) { return static_cast<int32_t>(((at + 1) * busy + units - 1) / units - 1); };
     const int32_t first = worker_at(tiles_start);
-    list.starts[worker] = WorkerStart{next_unit - unit, group, static_cast<int32_t>(column),
-                                      static_cast<int32_t>(unit - column_start), tiles_start < unit ? first : -1, 0};
+    WorkerStart start = {};
+    start.units = next_unit - unit;
+    start.group = group;
+    start.column = static_cast<int32_t>(column);
+    start.first = static_cast<int32_t>(unit - column_start);
+    start.merge = tiles_start < unit ? first : -1;
+    write_start(list, worker, busy, start);
 
     // The second worker of a (group, column) writes its record.
     if (tiles_start < unit && first == worker - 1) {
@@ -331,7 +343,7 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists
   if (num_groups > 0) {
     hand_out(params, list, static_cast<int32_t>(num_groups), num_units * list.columns, largest, batch.first_units);
   } else {
-    for (int32_t worker = thread; worker < list.workers; worker += kPlanThreads) list.starts[worker] = WorkerStart{};
+    for (int32_t worker = thread; worker < list.workers; worker += kPlanThreads) write_start(list, worker, 0, WorkerStart{});
   }
 }
 
