@@ -292,6 +292,9 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
       }
       if constexpr (kMerges) {
         if (!whole) {
+          // What saw no key has no part in the result, whatever its products with zero gave.
+          QKV_UNROLL
+          for (int i = 0; i < 4; i++) state.acc[i] = own.max == negative_infinity() && own.sum == 0.0f ? 0.0f : state.acc[i];
           QKV_NO_UNROLL
           for (int step = 0; step < 2; step++) {
             const int32_t distance = step == 0 ? 1 : 1 << role.shift, count = step == 0 ? role.members : role.runs;

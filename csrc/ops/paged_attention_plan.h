@@ -58,7 +58,7 @@ struct SequenceBatch {
   int64_t warp_sums[kPlanWarps];
   int32_t claimed; // rows below belong to sequences before
   int32_t is_bad;  // whether some query start is
-  int32_t largest[kPlanWarps];
+  int32_t largest[kPlanWarps]; // units of a warp's longest group
 };
 
 // Whether a sequence may have the rows `first` .. `last`, where those below `claimed` are others'.
@@ -115,6 +115,7 @@ QKV_DEVICE WorkGroup group_of(const AttentionParams &params, const WorkList &lis
   return group;
 }
 
+// The record of a (group, column) that several workers share.
 QKV_DEVICE void write_merge(const AttentionParams &params, const WorkList &list, const WorkGroup &group, int32_t column,
                             int32_t first_worker, int32_t num_pieces, int32_t first_slot) {
   const ColumnHeads heads(params, list, column);
@@ -131,7 +132,7 @@ QKV_DEVICE void write_merge(const AttentionParams &params, const WorkList &list,
 }
 
 // Groups of about the same length are shared out evenly: every (group, column) in the same number of pieces, or several whole
-// ones a worker. Pieces then begin together, one ends with its worker, and all heads of a sequence are read at a time.
+// ones a worker. Pieces then begin together, and all heads of a sequence are read at a time.
 struct EvenShares {
   int32_t pieces; // of a (group, column), each a worker's; 0: not to be shared out like this
   int32_t groups; // or so many whole ones a worker, of one column
@@ -142,7 +143,7 @@ struct EvenShares {
 
 constexpr int kMostEvenGroups = 16, kEvenTolerance = 32; // the longest share may be 1/32 longer than otherwise
 
-// `units` of all, `largest` of the longest group; what a worker does otherwise is `share`.
+// `largest`: units of the longest group; `share`: those of a worker otherwise.
 QKV_DEVICE EvenShares even_shares(const WorkList &list, int32_t num_groups, int64_t share, int32_t largest) {
   const int64_t pairs = static_cast<int64_t>(num_groups) * list.columns;
   EvenShares even = {1, 1};
