@@ -209,7 +209,14 @@ int check(const quantkv_paged_attention &op) {
 int launch(const Dispatch &dispatch, const Device &device, quantkv_stream stream) {
   const AttentionLists &call = dispatch.call;
   if (!call.params.op.plan_is_ready) {
-    QKV_CHECK(QKV_LAUNCH_OVERLAPPED((plan_attention), (Grid{dispatch.count, 1 + kSlotBlocks, 1}), kPlanThreads, 0, stream, call));
+    int64_t slot_blocks = 0;
+    for (int i = 0; i < dispatch.count; i++) {
+      const WorkList &list = call.lists[i];
+      const int64_t bytes = list.merges_itself ? 4ll * list.workers * list.rows * list.value_stride : 0;
+      if (ceil_div(bytes, kSlotBytes) > slot_blocks) slot_blocks = ceil_div(bytes, kSlotBytes);
+    }
+    if (slot_blocks > kSlotBlocks) slot_blocks = kSlotBlocks;
+    QKV_CHECK(QKV_LAUNCH_OVERLAPPED((plan_attention), (Grid{dispatch.count, 1 + slot_blocks, 1}), kPlanThreads, 0, stream, call));
   }
   if (call.params.op.num_tokens == 0) return QUANTKV_OK;
   int64_t most_rows = 0; // to be merged

@@ -266,8 +266,9 @@ QKV_DEVICE void empty_slots(const WorkList &list, int32_t part, int32_t parts) {
   }
 }
 
-// Grid: lists, 1 + kSlotBlocks; the first row plans, the others empty slots meanwhile.
-constexpr int kSlotBlocks = 16;
+// Grid: lists, 1 and then a block for each kSlotBytes to empty, kSlotBlocks at most; the first row plans, the others empty slots
+// meanwhile.
+constexpr int kSlotBlocks = 16, kSlotBytes = 1 << 16;
 
 QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists call) {
   QKV_SHARED(SequenceBatch, batches, 1);
@@ -279,7 +280,7 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kPlanThreads, 1) plan_attention(AttentionLists
   allow_next_kernel();
   wait_for_previous_kernel();
   if (block_index_y() > 0) {
-    empty_slots(list, block_index_y() - 1, kSlotBlocks);
+    empty_slots(list, block_index_y() - 1, grid_size_y() - 1);
     return;
   }
   if (thread == 0) {
