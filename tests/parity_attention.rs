@@ -323,6 +323,18 @@ fn many_pieces_of_a_sequence() {
     }
 }
 
+/// Sequences of about one length, which CUDA's plan shares out evenly: in equal pieces, one a worker, or several a worker,
+/// as many as come out even on an emulated device of 4 multiprocessors or not.
+#[test]
+fn sequences_of_one_length() {
+    for (count, length) in [(2usize, 600usize), (4, 300), (8, 100), (16, 100), (31, 60), (32, 60)] {
+        let geometry =
+            Geometry::plain(CacheLayout::Hnd, (2, 64), (16, count * length.div_ceil(16) + 1), KvFormat::Fp8E4M3);
+        let sequences = (0..count).map(|i| (length - 1 - i % 2, 1)).collect();
+        check_all(&build(&Parameters { dtype: DType::BF16, ..simple(geometry, 2, sequences) }), (count, length));
+    }
+}
+
 /// On an emulated device of 11 multiprocessors the 41st of 44 blocks has the last piece of the first sequence, which is a
 /// run of its own, and the first of the second.
 #[test]
