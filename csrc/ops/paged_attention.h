@@ -10,9 +10,10 @@
 // A worker (a block of a persistent grid: block b is worker starts[b].worker) does starts[b].units units, from the place on that
 // is said there: in the order above, or with a group_step one column of every so many groups. Of a (group, column) that
 // several share, worker w + 1 does what comes after worker w's. What a worker does of one (group, column) is a *piece*. A
-// piece that is all of it is finished at once; another one leaves its softmax state in a slot of the workspace (two a worker: for its first piece and for its last one), and the pieces are combined in order by the
-// merge kernel. A kernel that merges itself (_decode_merge.h) has a slot a worker, for its first piece. Which worker does what
-// depends on the lengths and the device, never on timing.
+// piece that is all of it is finished at once; another one leaves its softmax state in a slot of the workspace (two a worker:
+// for its first piece and for its last one), and the pieces are combined in order by the merge kernel. A kernel that merges
+// itself (_decode_merge.h) has a slot a worker, for its first piece. Which worker does what depends on the lengths and the
+// device, never on timing.
 //
 //   plan kernel          (paged_attention_plan.h)      lengths -> groups, starts, merges
 //   an attention kernel  (_decode.h, _prefill.h, _portable.h)  pieces -> outputs or states
