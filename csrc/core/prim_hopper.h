@@ -21,6 +21,8 @@ QKV_DEVICE int panel_offset(int row, int chunk) { return row * kPanelRow + ((chu
 
 } // namespace quantkv
 
+//   QKV_PANELS_SHARED(name)   the launch's dynamic shared memory, aligned to 1024 bytes; no other array of the kernel is dynamic
+
 #if defined(QUANTKV_SIMT)
 
 #include "simt/prim_hopper.h" // testing/simt
@@ -34,6 +36,10 @@ QKV_DEVICE int panel_offset(int row, int chunk) { return row * kPanelRow + ((chu
 #endif
 
 namespace quantkv {
+
+#define QKV_PANELS_SHARED(name)                                                                                        \
+  extern __shared__ __align__(1024) unsigned char qkv_panels_shared[];                                                 \
+  unsigned char *name = qkv_panels_shared
 
 #if QKV_HAS_WARPGROUP_PRODUCTS
 
@@ -63,52 +69,77 @@ QKV_DEVICE void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: 
 // Ends a group of products.
 QKV_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
+// Sums [tiles][4] as operands of an instruction, by how many they are, and their names.
 #define QKV_SUMS_4(c, j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
-#define QKV_SUMS_16(c, j) QKV_SUMS_4(c, j), QKV_SUMS_4(c, j + 1), QKV_SUMS_4(c, j + 2), QKV_SUMS_4(c, j + 3)
-#define QKV_SUMS_32(c) QKV_SUMS_16(c, 0), QKV_SUMS_16(c, 4)
-#define QKV_SUMS_64(c) QKV_SUMS_16(c, 0), QKV_SUMS_16(c, 4), QKV_SUMS_16(c, 8), QKV_SUMS_16(c, 12)
+#define QKV_SUMS_8(c, j) QKV_SUMS_4(c, j), QKV_SUMS_4(c, j + 1)
+#define QKV_SUMS_16(c, j) QKV_SUMS_8(c, j), QKV_SUMS_8(c, j + 2)
+#define QKV_SUMS_32(c, j) QKV_SUMS_16(c, j), QKV_SUMS_16(c, j + 4)
+#define QKV_SUMS_64(c, j) QKV_SUMS_32(c, j), QKV_SUMS_32(c, j + 8)
+#define QKV_NAMES_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define QKV_NAMES_16 QKV_NAMES_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define QKV_NAMES_32                                                                                                   \
-  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                                             \
-  "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+  QKV_NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define QKV_NAMES_64                                                                                                   \
   QKV_NAMES_32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"                                     \
                "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
 
 // Waits until at most N of this warp's groups of products are under way; `sums`, of those before, may then be read.
-template <int N> QKV_DEVICE void products_wait(float (&sums)[16][4]) {
-  asm volatile("wgmma.wait_group.sync.aligned %64;" : QKV_SUMS_64(sums) : "n"(N) : "memory");
-}
-template <int N> QKV_DEVICE void products_wait(float (&sums)[8][4]) {
-  asm volatile("wgmma.wait_group.sync.aligned %32;" : QKV_SUMS_32(sums) : "n"(N) : "memory");
-}
+#define QKV_PRODUCTS_WAIT(tiles, floats)                                                                               \
+  template <int N> QKV_DEVICE void products_wait(float (&sums)[tiles][4]) {                                            \
+    asm volatile("wgmma.wait_group.sync.aligned %" #floats ";" : QKV_SUMS_##floats(sums, 0) : "n"(N) : "memory");      \
+  }
+QKV_PRODUCTS_WAIT(2, 8)
+QKV_PRODUCTS_WAIT(4, 16)
+QKV_PRODUCTS_WAIT(8, 32)
+QKV_PRODUCTS_WAIT(16, 64)
+#undef QKV_PRODUCTS_WAIT
 
 // All of these run in the background: operands are left alone, sums neither read nor written, until products_wait.
-#define QKV_WARPGROUP_PRODUCTS(type)                                                                                   \
-  /* sums [64, 128] = or += A B, both by rows. */                                                                      \
+
+// sums [64, 128] = or += A B, both by rows.
+#define QKV_PRODUCTS_OF_PANELS(type)                                                                                   \
   QKV_DEVICE void multiply_rows_##type(float (&sums)[16][4], PanelMatrix a, PanelMatrix b, bool adds) {                \
     asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %66, 0; "                                                       \
                  "wgmma.mma_async.sync.aligned.m64n128k16.f32." #type "." #type                                        \
                  " {" QKV_NAMES_64 "}, %64, %65, adds, 1, 1, 0, 0; }"                                                  \
-                 : QKV_SUMS_64(sums)                                                                                   \
+                 : QKV_SUMS_64(sums, 0)                                                                                \
                  : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<int>(adds)));                                 \
-  }                                                                                                                    \
-  /* sums [64, 128] += A B, A in registers, B by columns. */                                                           \
-  QKV_DEVICE void multiply_columns_##type(float (&sums)[16][4], const uint32_t (&a)[4], PanelMatrix b) {               \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." #type "." #type                                        \
-                 " {" QKV_NAMES_64 "}, {%64,%65,%66,%67}, %68, 1, 1, 1, 1;"                                            \
-                 : QKV_SUMS_64(sums)                                                                                   \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor));                                     \
-  }                                                                                                                    \
-  /* sums [64, 64] += A B, A in registers, B by columns. */                                                            \
-  QKV_DEVICE void multiply_columns_##type(float (&sums)[8][4], const uint32_t (&a)[4], PanelMatrix b) {                \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." #type "." #type                                         \
-                 " {" QKV_NAMES_32 "}, {%32,%33,%34,%35}, %36, 1, 1, 1, 1;"                                            \
-                 : QKV_SUMS_32(sums)                                                                                   \
+  }
+QKV_PRODUCTS_OF_PANELS(f16)
+QKV_PRODUCTS_OF_PANELS(bf16)
+#undef QKV_PRODUCTS_OF_PANELS
+
+// sums [64, n] += A B, A in registers, B by columns.
+#define QKV_PRODUCTS_BY_COLUMNS(type, n, tiles, floats, names_of_a, name_of_b)                                         \
+  QKV_DEVICE void multiply_columns_##type(float (&sums)[tiles][4], const uint32_t (&a)[4], PanelMatrix b) {            \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type                                     \
+                 " {" QKV_NAMES_##floats "}, {" names_of_a "}, " name_of_b ", 1, 1, 1, 1;"                             \
+                 : QKV_SUMS_##floats(sums, 0)                                                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor));                                     \
   }
-QKV_WARPGROUP_PRODUCTS(f16)
-QKV_WARPGROUP_PRODUCTS(bf16)
-#undef QKV_WARPGROUP_PRODUCTS
+QKV_PRODUCTS_BY_COLUMNS(f16, 64, 8, 32, "%32,%33,%34,%35", "%36")
+QKV_PRODUCTS_BY_COLUMNS(bf16, 64, 8, 32, "%32,%33,%34,%35", "%36")
+QKV_PRODUCTS_BY_COLUMNS(f16, 128, 16, 64, "%64,%65,%66,%67", "%68")
+QKV_PRODUCTS_BY_COLUMNS(bf16, 128, 16, 64, "%64,%65,%66,%67", "%68")
+#undef QKV_PRODUCTS_BY_COLUMNS
+
+// sums [64, n] = or += A B, A in registers, B by rows or by columns.
+#define QKV_PRODUCTS_OF_REGISTERS(way, transposes, n, tiles, floats, names_of_a, name_of_b, name_of_adds)              \
+  QKV_DEVICE void multiply_##way##_f16(float (&sums)[tiles][4], const uint32_t (&a)[4], PanelMatrix b, bool adds) {    \
+    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, " name_of_adds ", 0; "                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.f16.f16"                                              \
+                 " {" QKV_NAMES_##floats "}, {" names_of_a "}, " name_of_b ", adds, 1, 1, " #transposes "; }"          \
+                 : QKV_SUMS_##floats(sums, 0)                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.descriptor), "r"(static_cast<int>(adds)));        \
+  }
+#define QKV_PRODUCTS_BOTH_WAYS(...)                                                                                    \
+  QKV_PRODUCTS_OF_REGISTERS(rows, 0, __VA_ARGS__)                                                                      \
+  QKV_PRODUCTS_OF_REGISTERS(columns, 1, __VA_ARGS__)
+QKV_PRODUCTS_BOTH_WAYS(16, 2, 8, "%8,%9,%10,%11", "%12", "%13")
+QKV_PRODUCTS_BOTH_WAYS(32, 4, 16, "%16,%17,%18,%19", "%20", "%21")
+QKV_PRODUCTS_BOTH_WAYS(64, 8, 32, "%32,%33,%34,%35", "%36", "%37")
+#undef QKV_PRODUCTS_BOTH_WAYS
+#undef QKV_PRODUCTS_OF_REGISTERS
 
 // This thread's writes to shared memory until now are seen by products, its own and, after a barrier, others'.
 QKV_DEVICE void fence_for_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -23,13 +23,17 @@ static bool half_is_loadable(const quantkv_cache &cache, const quantkv_half &hal
   return map.head_stride <= limit / cache.num_kv_heads - half.head_dim && map.slot_stride <= limit / cache.block_size / 2;
 }
 
-DecodeConfig decode_config(const quantkv_paged_attention &op, const Device &device, int32_t rows) {
+bool decode_can_load(const quantkv_paged_attention &op) {
   const quantkv_cache &cache = op.cache;
+  if (op.activation == QUANTKV_F32 || cache.num_blocks == 0) return false;
+  if (cache.k.format != cache.v.format || cache.k.head_dim != cache.v.head_dim) return false;
+  return half_is_loadable(cache, cache.k) && half_is_loadable(cache, cache.v);
+}
+
+DecodeConfig decode_config(const quantkv_paged_attention &op, const Device &device, int32_t rows) {
   const DecodeConfig none = {0, 0};
-  if (device.compute_capability < 80 || op.activation == QUANTKV_F32) return none;
-  if (cache.num_blocks == 0 || cache.k.format != cache.v.format || cache.k.head_dim != cache.v.head_dim) return none;
-  if (!half_is_loadable(cache, cache.k) || !half_is_loadable(cache, cache.v)) return none;
-  switch (static_cast<Format>(cache.k.format)) {
+  if (device.compute_capability < 80 || !decode_can_load(op)) return none;
+  switch (static_cast<Format>(op.cache.k.format)) {
   case Format::E4M3: return decode_config_of<Format::E4M3>(op, device, rows);
   case Format::E5M2: return decode_config_of<Format::E5M2>(op, device, rows);
   case Format::F16: return decode_config_of<Format::F16>(op, device, rows);

@@ -20,6 +20,8 @@ template <class T> int launch_of(const AttentionParams &params, const WorkList &
 
 DecodeConfig decode_config(const quantkv_paged_attention &, const Device &, int32_t) { return DecodeConfig{0, 0}; }
 int launch_decode(const AttentionParams &, const WorkList &, const Device &, void *) { return QUANTKV_UNSUPPORTED; }
+KernelShape decode_wide_shape(const quantkv_paged_attention &, const Device &, int64_t) { return KernelShape{}; }
+int launch_decode_wide(const AttentionParams &, const WorkList &, quantkv_stream) { return QUANTKV_UNSUPPORTED; }
 
 KernelShape prefill_shape(const quantkv_cache &cache, int32_t activation, const Device &) {
   const Format k = format_of(cache.k), v = format_of(cache.v);

@@ -162,7 +162,10 @@ template <class T, int kDim> struct HopperConsumer {
     const auto query_chunk = [&](int row, int chunk) {
       return shared.query[0] + chunk / 8 * (kHopperRows * kPanelRow) + panel_offset(row, chunk % 8);
     };
-    load_prefill_queries<T, kDim>(params, piece, query_chunk, shared.query_factors);
+    const auto store_query = [&](int row, int chunk, const Words<4> &words) {
+      *reinterpret_cast<Words<4> *>(query_chunk(row, chunk)) = words;
+    };
+    load_prefill_queries<T, kDim>(params, piece, store_query, shared.query_factors);
     fence_for_products();
     named_barrier_sync(kBarrierWarpgroup + warpgroup, 4 * kWarp);
 

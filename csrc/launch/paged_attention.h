@@ -17,7 +17,7 @@ constexpr int32_t kAnyQueries = 0x7fffffff;
 constexpr int32_t kDecodeTile = 16, kDecodeMinTiles = 8, kDecodePieceCost = 10;
 constexpr int32_t kDecodeRows = 16, kDecodeBlocks = 4; // at most
 
-enum class Kernel { Portable, Decode, Prefill, PrefillHopper };
+enum class Kernel { Portable, Decode, DecodeWide, Prefill, PrefillHopper };
 
 // A call, cut into the work of up to two kernels.
 struct Dispatch {
@@ -85,7 +85,7 @@ size_t place(WorkList &list, void *workspace, size_t offset) {
 void add(Dispatch &dispatch, Kernel kernel, const WorkList &list) {
   dispatch.kernels[dispatch.count] = kernel;
   dispatch.call.lists[dispatch.count] = list;
-  dispatch.call.lists[dispatch.count++].merges_itself = kernel == Kernel::Decode;
+  dispatch.call.lists[dispatch.count++].merges_itself = kernel == Kernel::Decode || kernel == Kernel::DecodeWide;
 }
 
 KernelShape decode_shape(const quantkv_paged_attention &op, const Device &device, int32_t rows) {
@@ -114,6 +114,8 @@ Dispatch dispatch_of(const quantkv_paged_attention &op, const Device &device) {
   const AttentionParams &params = dispatch.call.params;
   KernelShape decode = {}, prefill = {};
   Kernel prefill_kernel = Kernel::Prefill;
+  const int64_t longest = static_cast<int64_t>(params.max_query_len) * params.group_size; // rows
+  const int64_t mean = ceil_div(op.num_tokens, op.num_seqs) * params.group_size;
   if (op.kernel != QUANTKV_ATTENTION_PORTABLE) {
     decode = decode_shape(op, device, decode_rows(params));
     const bool is_decode = op.num_tokens <= op.num_seqs || params.max_query_len <= decode.max_rows / params.group_size;
@@ -123,6 +125,13 @@ Dispatch dispatch_of(const quantkv_paged_attention &op, const Device &device) {
       if (prefill.max_rows > 0 && hopper.max_rows > 0) {
         prefill = hopper;
         prefill_kernel = Kernel::PrefillHopper;
+      }
+      const KernelShape wide = decode_wide_shape(op, device, longest);
+      if (wide.max_rows > 0) {
+        prefill = wide;
+        prefill_kernel = Kernel::DecodeWide;
+        // One kernel for all, unless most sequences are the other's.
+        if (mean > decode.max_rows) decode = KernelShape{};
       }
     }
   }
@@ -158,7 +167,12 @@ size_t workspace_bound(const quantkv_paged_attention &op, const Device &device) 
   size_t tensor_core = bytes(KernelShape{kDecodeTile, kDecodeRows, kDecodeBlocks, kDecodeMinTiles, kDecodePieceCost}, true);
   const size_t prefill = bytes(KernelShape{kPrefillRows, kPrefillRows, kPrefillBlocks, 1, 0});
   const size_t hopper = bytes(kPrefillHopperShape);
-  tensor_core += prefill > hopper ? prefill : hopper;
+  size_t many = prefill > hopper ? prefill : hopper;
+  if (device.compute_capability == 90) {
+    const size_t wide = bytes(decode_wide_shape_of<64>(), true);
+    many = wide > many ? wide : many;
+  }
+  tensor_core += many;
   return portable > tensor_core ? portable : tensor_core;
 }
 
@@ -225,6 +239,7 @@ int launch(const Dispatch &dispatch, const Device &device, quantkv_stream stream
     switch (dispatch.kernels[i]) {
     case Kernel::Portable: QKV_CHECK(launch_portable(call.params, list, stream)); break;
     case Kernel::Decode: QKV_CHECK(launch_decode(call.params, list, device, stream)); break;
+    case Kernel::DecodeWide: QKV_CHECK(launch_decode_wide(call.params, list, stream)); break;
     case Kernel::Prefill: QKV_CHECK(launch_prefill(call.params, list, stream)); break;
     case Kernel::PrefillHopper: QKV_CHECK(launch_prefill_hopper(call.params, list, stream)); break;
     }

@@ -187,7 +187,7 @@ struct DecodeWork {
   WorkerStart place;
   bool started, found;
   Piece pieces[2];              // this one and the next, in turn
-  uint32_t whole_begin, whole_span; // every row of this piece sees the tiles that begin at whole_begin .. + whole_span
+  SeenByAll seen;               // of this piece
   Words<4> bases[2][kWarp];     // of each piece, a lane: DecodeTiles::bases
   int32_t blocks[kWarp];        // of the first batch of tiles of the next piece, a lane
   float k_scale[kWarp];         // of the next piece's head, the same for every lane
@@ -210,17 +210,6 @@ struct DecodeWork {
     sync_warp();
     return found;
   }
-
-  QKV_DEVICE void set_whole(const AttentionParams &params, const Piece &piece, int32_t tile) {
-    if (lane_index() == 0) {
-      const int32_t last_first = visible_to(params, piece.first_position + piece.num_queries - 1).first;
-      const int32_t begin = larger_of(piece.begin, last_first), end = smaller_of(piece.end, piece.first_position + 1) - tile;
-      whole_begin = begin <= end ? begin : 0xffffffffu; // no position is that, nor behind it
-      whole_span = begin <= end ? end - begin : 0;
-    }
-    sync_warp();
-  }
-  QKV_DEVICE bool is_whole(int32_t position) const { return static_cast<uint32_t>(position) - whole_begin <= whole_span; }
 };
 
 // A warp's state to shared memory: O [warps, rows, kStride], (max, sum) [warps, rows].
@@ -273,13 +262,11 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
       weight[warp] = softmax_rescale(of[0], own.max);
       own.sum += of[1] * weight[warp];
     }
-    const int query = piece.query_of(row), head = piece.first_head + row - query * piece.num_heads;
-    const int token = piece.first_token + query;
     QKV_UNROLL
     for (int first = 0; first < Shape::kDim; first += kChunk) {
       const bool inside = first + 4 * lane < Shape::kDim, is_last = first + kChunk >= Shape::kDim;
       const int channel = inside ? first + 4 * lane : 0;
-      MergeState state = {own.max, own.sum, {0.0f, 0.0f, 0.0f, 0.0f}};
+      MergeState states[1] = {{own.max, own.sum, {0.0f, 0.0f, 0.0f, 0.0f}}}, &state = states[0];
       QKV_UNROLL
       for (int warp = 0; warp < Shape::kWarps; warp++) {
         const float *from = shared + (warp * Shape::kRows + row) * Shape::kStride;
@@ -291,34 +278,14 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
         }
       }
       if constexpr (kMerges) {
-        if (!whole) {
-          // What saw no key has no part in the result, whatever its products with zero gave.
-          QKV_UNROLL
-          for (int i = 0; i < 4; i++) state.acc[i] = own.max == negative_infinity() && own.sum == 0.0f ? 0.0f : state.acc[i];
-          QKV_NO_UNROLL
-          for (int step = 0; step < 2; step++) {
-            const int32_t distance = step == 0 ? 1 : 1 << role.shift, count = step == 0 ? role.members : role.runs;
-            if (!merge_slots<Shape::kAtOnce>(state, list, worker + distance, distance, count, row, channel / 4, inside, is_last)) {
-              return set_fault(params.paging.faults, QUANTKV_FAULT_PLAN); // and writes nothing
-            }
-          }
+        const int32_t rows[1] = {row};
+        if (!whole && !merge_rows<Shape::kAtOnce>(states, list, worker, role, rows, channel / 4, inside, is_last)) {
+          return set_fault(params.paging.faults, QUANTKV_FAULT_PLAN); // and writes nothing
         }
       }
-      if (to_output) {
-        const SoftmaxEnd end = end_of_row(params, head, state.max, state.sum);
-        QKV_UNROLL
-        for (int i = 0; i < 4; i++) {
-          state.acc[i] = softmax_result(state.acc[i], end) * (by_channel ? static_scale(v, piece.kv_head, channel + i) : v_scale);
-        }
-        if (inside) store_activation_x4(params.op, row_index(params.op.output, token, head) + channel, state.acc);
-        if (is_last && lane == 0) store_lse(params, token, head, end.lse);
-      } else {
-        Words<4> values;
-        QKV_UNROLL
-        for (int i = 0; i < 4; i++) values.w[i] = state_word(state.acc[i]);
-        if (inside) store_relaxed(slot_values(list, worker, row) + channel / 4, values);
-        if (is_last && lane == 0) store_relaxed(slot_state(list, worker, row), Words<2>{{state_word(state.max), state_word(state.sum)}});
-      }
+      const RowEnd end = {params, list, piece, worker, row, channel, inside, is_last};
+      if (to_output) end.to_output(state, by_channel, v_scale);
+      else end.to_slot(state);
     }
   }
 }
@@ -416,7 +383,8 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     Tiles tiles(params, piece);
     tiles.next_blocks = work.blocks[lane_index()];
     tiles.begin_batch(0);
-    work.set_whole(params, piece, Shape::kTile);
+    if (lane_index() == 0) work.seen = SeenByAll(params, piece, Shape::kTile);
+    sync_warp();
     // The next piece, once loads of this one's second tile are on their way; if there is none, now.
     if ((tiles.count < 2 || !Shape::kLooksLate) && work.next(params, list, slot ^ 1)) {
       begin_piece(next_piece, slot ^ 1);
@@ -427,7 +395,7 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     for (int32_t n = 0; n < tiles.count; n++) {
       DecodeTile<Shape> tile = next;
       tile.position = tiles.position(n);
-      tile.whole = work.is_whole(tile.position) && tile.has_all_halves();
+      tile.whole = work.seen.has(tile.position) && tile.has_all_halves();
       const bool is_last = n + 1 == tiles.count, load = !is_last || work.found;
       if (is_last) {
         look(work.blocks[lane_index()], 0);

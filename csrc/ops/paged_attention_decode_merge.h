@@ -45,64 +45,128 @@ QKV_DEVICE Words<2> *slot_state(const WorkList &list, int32_t worker, int32_t ro
   return reinterpret_cast<Words<2> *>(list.states) + static_cast<uint32_t>(worker * list.rows + row);
 }
 
-// Adds row `row` of the slots of `count` workers, first, first + step .., channels 4 * run .. + 4 of it, to `state`, and
-// empties them. All lanes of a warp take the same row, and call this; a lane that is not `inside` only follows. `is_last`:
-// no more channels of this row are to come. False: a slot was never filled.
-template <int kAtOnce>
-QKV_DEVICE bool merge_slots(MergeState &state, const WorkList &list, int32_t first, int32_t step, int32_t count, int32_t row, int32_t run,
-                            bool inside, bool is_last) {
+// Adds rows `rows` of the slots of `count` workers, first, first + step .., channels 4 * run .. + 4 of them, to `states`, and
+// empties them. All lanes of a warp take the same rows, and call this; a lane that is not `inside` only follows. `is_last`:
+// no more channels of these rows are to come. False: a slot was never filled.
+template <int kAtOnce, int kRows>
+QKV_DEVICE bool merge_slots(MergeState (&states)[kRows], const WorkList &list, int32_t first, int32_t step, int32_t count,
+                            const int32_t (&rows)[kRows], int32_t run, bool inside, bool is_last) {
   QKV_NO_UNROLL
   for (int32_t base = 0; base < count; base += kAtOnce) {
-    Words<2> states[kAtOnce];
-    Words<4> values[kAtOnce];
+    Words<2> of_slot[kRows][kAtOnce];
+    Words<4> values[kRows][kAtOnce];
     bool missing = true;
     QKV_NO_UNROLL
     for (int look = 0; look < kMostLooks && missing; look++) {
       uint32_t most = 0;
       QKV_UNROLL
-      for (int i = 0; i < kAtOnce; i++) {
-        // Beyond the last one the last again, which does not count then.
-        const int32_t worker = first + smaller_of(base + i, count - 1) * step;
-        states[i] = load_relaxed(slot_state(list, worker, row));
-        values[i] = load_relaxed(slot_values(list, worker, row) + run);
+      for (int r = 0; r < kRows; r++) {
+        QKV_UNROLL
+        for (int i = 0; i < kAtOnce; i++) {
+          // Beyond the last one the last again, which does not count then.
+          const int32_t worker = first + smaller_of(base + i, count - 1) * step;
+          of_slot[r][i] = load_relaxed(slot_state(list, worker, rows[r]));
+          values[r][i] = load_relaxed(slot_values(list, worker, rows[r]) + run);
+        }
       }
       QKV_UNROLL
-      for (int i = 0; i < kAtOnce; i++) {
+      for (int r = 0; r < kRows; r++) {
         QKV_UNROLL
-        for (int j = 0; j < 4; j++) most = larger_unsigned(most, values[i].w[j]);
-        most = larger_unsigned(most, larger_unsigned(states[i].w[0], states[i].w[1]));
+        for (int i = 0; i < kAtOnce; i++) {
+          QKV_UNROLL
+          for (int j = 0; j < 4; j++) most = larger_unsigned(most, values[r][i].w[j]);
+          most = larger_unsigned(most, larger_unsigned(of_slot[r][i].w[0], of_slot[r][i].w[1]));
+        }
       }
       missing = any(inside && most == kNotThere);
     }
     if (missing) return false;
 
-    float top = state.max, max[kAtOnce];
     QKV_UNROLL
-    for (int i = 0; i < kAtOnce; i++) {
-      max[i] = base + i < count ? float_of(states[i].w[0]) : negative_infinity();
-      top = maximum(top, max[i]);
-    }
-    const float rescale = softmax_rescale(state.max, top);
-    state.max = top;
-    state.sum *= rescale;
-    QKV_UNROLL
-    for (int j = 0; j < 4; j++) state.acc[j] *= rescale;
-    QKV_UNROLL
-    for (int i = 0; i < kAtOnce; i++) {
-      const float sum = base + i < count ? float_of(states[i].w[1]) : 0.0f, weight = softmax_rescale(max[i], top);
-      // A piece that saw no key has no part in the result, whatever its products with zero gave.
-      const bool none = max[i] == negative_infinity() && sum == 0.0f;
-      state.sum += sum * weight;
+    for (int r = 0; r < kRows; r++) {
+      MergeState &state = states[r];
+      float top = state.max, max[kAtOnce];
       QKV_UNROLL
-      for (int j = 0; j < 4; j++) state.acc[j] += (none ? 0.0f : float_of(values[i].w[j])) * weight;
+      for (int i = 0; i < kAtOnce; i++) {
+        max[i] = base + i < count ? float_of(of_slot[r][i].w[0]) : negative_infinity();
+        top = maximum(top, max[i]);
+      }
+      const float rescale = softmax_rescale(state.max, top);
+      state.max = top;
+      state.sum *= rescale;
+      QKV_UNROLL
+      for (int j = 0; j < 4; j++) state.acc[j] *= rescale;
+      QKV_UNROLL
+      for (int i = 0; i < kAtOnce; i++) {
+        const float sum = base + i < count ? float_of(of_slot[r][i].w[1]) : 0.0f, weight = softmax_rescale(max[i], top);
+        // A piece that saw no key has no part in the result, whatever its products with zero gave.
+        const bool none = max[i] == negative_infinity() && sum == 0.0f;
+        state.sum += sum * weight;
+        QKV_UNROLL
+        for (int j = 0; j < 4; j++) state.acc[j] += (none ? 0.0f : float_of(values[r][i].w[j])) * weight;
+      }
     }
   }
   for (int32_t i = 0; i < count; i++) {
     const int32_t worker = first + i * step;
-    if (inside) store_relaxed(slot_values(list, worker, row) + run, Words<4>{{kNotThere, kNotThere, kNotThere, kNotThere}});
-    if (is_last && lane_index() == 0) store_relaxed(slot_state(list, worker, row), Words<2>{{kNotThere, kNotThere}});
+    QKV_UNROLL
+    for (int r = 0; r < kRows; r++) {
+      if (inside) store_relaxed(slot_values(list, worker, rows[r]) + run, Words<4>{{kNotThere, kNotThere, kNotThere, kNotThere}});
+      if (is_last && lane_index() == 0) store_relaxed(slot_state(list, worker, rows[r]), Words<2>{{kNotThere, kNotThere}});
+    }
   }
   return true;
 }
+
+// Adds what others have of rows of a piece of `worker`.
+template <int kAtOnce, int kRows>
+QKV_DEVICE bool merge_rows(MergeState (&states)[kRows], const WorkList &list, int32_t worker, const MergeRole &role,
+                           const int32_t (&rows)[kRows], int32_t run, bool inside, bool is_last) {
+  QKV_UNROLL
+  for (int r = 0; r < kRows; r++) {
+    // What saw no key has no part in the result, whatever its products with zero gave.
+    const bool none = states[r].max == negative_infinity() && states[r].sum == 0.0f;
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) states[r].acc[i] = none ? 0.0f : states[r].acc[i];
+  }
+  QKV_NO_UNROLL
+  for (int step = 0; step < 2; step++) {
+    const int32_t distance = step == 0 ? 1 : 1 << role.shift, count = step == 0 ? role.members : role.runs;
+    if (!merge_slots<kAtOnce>(states, list, worker + distance, distance, count, rows, run, inside, is_last)) return false;
+  }
+  return true;
+}
+
+// Where a row of a piece goes when the piece ends. A warp has the row, a lane channels `channel` .. + 4 if it is `inside`; `is_last`: no
+// more channels of the row are to come.
+struct RowEnd {
+  const AttentionParams &params;
+  const WorkList &list;
+  const Piece &piece;
+  int32_t worker, row, channel;
+  bool inside, is_last;
+
+  // `v_scale`: of V, unless scales are by channel.
+  QKV_DEVICE void to_output(MergeState &state, bool by_channel, float v_scale) const {
+    const int query = piece.query_of(row), head = piece.first_head + row - query * piece.num_heads, token = piece.first_token + query;
+    const SoftmaxEnd end = end_of_row(params, head, state.max, state.sum);
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) {
+      const float scale = by_channel ? static_scale(params.op.cache.v, piece.kv_head, channel + i) : v_scale;
+      state.acc[i] = softmax_result(state.acc[i], end) * scale;
+    }
+    if (inside) store_activation_x4(params.op, row_index(params.op.output, token, head) + channel, state.acc);
+    if (is_last && lane_index() == 0) store_lse(params, token, head, end.lse);
+  }
+
+  QKV_DEVICE void to_slot(const MergeState &state) const {
+    Words<4> values;
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) values.w[i] = state_word(state.acc[i]);
+    if (inside) store_relaxed(slot_values(list, worker, row) + channel / 4, values);
+    const Words<2> words = {{state_word(state.max), state_word(state.sum)}};
+    if (is_last && lane_index() == 0) store_relaxed(slot_state(list, worker, row), words);
+  }
+};
 
 } // namespace quantkv

@@ -182,6 +182,20 @@ template <class Shape> struct DecodeTiles {
   }
 };
 
+// Positions `begin` .. + `span`: of tiles that every row of a piece sees.
+struct SeenByAll {
+  uint32_t begin, span;
+
+  SeenByAll() = default;
+  QKV_DEVICE SeenByAll(const AttentionParams &params, const Piece &piece, int32_t tile) {
+    const int32_t last_first = visible_to(params, piece.first_position + piece.num_queries - 1).first;
+    const int32_t first = larger_of(piece.begin, last_first), last = smaller_of(piece.end, piece.first_position + 1) - tile;
+    begin = first <= last ? first : 0xffffffffu; // no position is that, nor behind it
+    span = first <= last ? last - first : 0;
+  }
+  QKV_DEVICE bool has(int32_t position) const { return static_cast<uint32_t>(position) - begin <= span; }
+};
+
 // Which halves of a part lie in blocks of the cache: bit 0 tokens 0-7, bit 1 tokens 8-15.
 struct PartHalves {
   int32_t bits;
@@ -203,9 +217,9 @@ template <int Width, int Words, int Lanes> QKV_DEVICE void load_row(uint32_t (&o
   }
 }
 
-// A part of a tile on its way to a lane's registers. No load waits for a decision: rows the piece does not have are read from
-// where they would be, or from block 0, and made harmless when they are used.
-template <class Shape> struct PartLoader {
+// Where a lane's rows of a part of a tile lie. No load waits for a decision: rows the piece does not have are read from where they
+// would be, or from block 0, and made harmless when they are used.
+template <class Shape> struct PartPlace {
   int32_t low, high;        // blocks of tokens 0-7 and 8-15; negative: not in the cache
   uint32_t slot, slot_high; // of token 0, of token 8
   int32_t kv_head;
@@ -244,6 +258,12 @@ template <class Shape> struct PartLoader {
   }
 
   QKV_DEVICE PartHalves halves() const { return {(low >= 0 ? 1 : 0) | (high >= 0 ? 2 : 0)}; }
+};
+
+// A part of a tile on its way to a lane's registers.
+template <class Shape> struct PartLoader : PartPlace<Shape> {
+  using Place = PartPlace<Shape>;
+  using Place::k, Place::v, Place::low, Place::high, Place::slot, Place::slot_high, Place::kv_head, Place::slot_bytes;
 
   // Tokens g, g + 8. Or whole lines, of each half those of tokens lane / 8 and lane / 8 + 4: four words of the one,
   // four of the other, and so on from line to line.

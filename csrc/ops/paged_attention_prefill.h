@@ -275,7 +275,10 @@ QKV_DEVICE void attend_prefill(const AttentionParams &params, const WorkList &li
   describe_tile(params, piece, first, block, 0, shared);
   block = block_entry<kKeys>(params, piece, first + kKeys);
   const auto query_chunk = [&](int row, int chunk) { return chunk_of<kDim>(shared.query, row, chunk); };
-  load_prefill_queries<T, kDim>(params, piece, query_chunk, shared.query_factors);
+  const auto store_query = [&](int row, int chunk, const Words<4> &words) {
+    *reinterpret_cast<Words<4> *>(query_chunk(row, chunk)) = words;
+  };
+  load_prefill_queries<T, kDim>(params, piece, store_query, shared.query_factors);
   sync_threads();
   copy_tile<kDim>(params, k, piece, first, shared.blocks[0], is_raw, k_copy);
   copy_async_commit();

@@ -23,18 +23,19 @@ QKV_DEVICE void unpack_chunk(const Words<4> &words, int32_t activation, float (&
   }
 }
 
-// Queries of the piece for products in T, the 16 rows of this warp: chunk c of row r to place(r, c), what brings the
+// Queries of the piece for products in T, the kRows rows of this warp: chunk c of row r by store(r, c, words), what brings the
 // row back to its size to factors[r]. Rows it has not are zeros. Eight lanes a row, each every eighth chunk.
-template <class T, int kDim, class Place>
-QKV_DEVICE void load_prefill_queries(const AttentionParams &params, const Piece &piece, Place place, float *factors) {
+template <class T, int kDim, int kRows = 16, class Store>
+QKV_DEVICE void load_prefill_queries(const AttentionParams &params, const Piece &piece, Store store, float *factors) {
   constexpr int kChunks = kDim / 64; // of a lane
   const quantkv_half &k = params.op.cache.k;
-  const int lane = forget(lane_index()), first_row = warp_index() * 16 + lane / 8; // not kept from piece to piece
+  const int thread = reread_thread_index(), lane = thread % kWarp; // not kept from piece to piece
+  const int first_row = thread / kWarp * kRows + lane / 8;
   const bool is_scaled = is_quantized(format_of(k)) && k.scale.channel_stride != 0;
   const bool is_converted = FormatOf<T>::value == Format::F16 && (is_scaled || params.op.activation != QUANTKV_F16);
-  Words<4> all[4][kChunks]; // of the lane's four rows: all on their way at once
+  Words<4> all[kRows / 4][kChunks]; // of the lane's rows: all on their way at once
   QKV_UNROLL
-  for (int i = 0; i < 4; i++) {
+  for (int i = 0; i < kRows / 4; i++) {
     const int row = first_row + 4 * i;
     const bool exists = row < piece.rows();
     const int token = piece.first_token + row / piece.num_heads, head = piece.first_head + row % piece.num_heads;
@@ -48,7 +49,7 @@ QKV_DEVICE void load_prefill_queries(const AttentionParams &params, const Piece 
     }
   }
   QKV_UNROLL
-  for (int turn = 0; turn < 4; turn++) {
+  for (int turn = 0; turn < kRows / 4; turn++) {
     const int row = first_row + 4 * turn;
     Words<4>(&words)[kChunks] = all[turn];
     float factor = 1.0f;
@@ -79,9 +80,7 @@ QKV_DEVICE void load_prefill_queries(const AttentionParams &params, const Piece 
       }
     }
     QKV_UNROLL
-    for (int i = 0; i < kChunks; i++) {
-      *reinterpret_cast<Words<4> *>(place(row, lane % 8 + 8 * i)) = words[i];
-    }
+    for (int i = 0; i < kChunks; i++) store(row, lane % 8 + 8 * i, words[i]);
     if (lane % 8 == 0) factors[row] = factor;
   }
 }

@@ -39,6 +39,16 @@ template <size_t kTiles> QKV_DEVICE void store_sums(const float (&sums)[kTiles][
     for (int i = 0; i < 4; i++) out[(row + 8 * (i / 2)) * columns + 8 * j + lane % 4 * 2 + i % 2] = sums[j][i];
   }
 }
+
+QKV_DEVICE void load_fragments(const uint16_t *a, uint32_t (&fragments)[kDepth / 16][4]) {
+  const int row = warp_index() * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
+  const auto pair = [&](int row, int k) { return a[row * kDepth + k] | static_cast<uint32_t>(a[row * kDepth + k + 1]) << 16; };
+  QKV_UNROLL
+  for (int step = 0; step < kDepth / 16; step++) {
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) fragments[step][i] = pair(row + 8 * (i % 2), 16 * step + column + 8 * (i / 2));
+  }
+}
 #endif
 
 // out [64, 128] = A [64, 128] B^T, B [128, 128]; if `adds`, A's first 16 columns count twice.
@@ -78,34 +88,30 @@ template <bool Bf16> QKV_KERNEL void by_rows_kernel(const uint16_t *a, const uin
 #endif
 }
 
-// out [64, N] = A [64, 128] B, A in registers, B [128, N] by columns.
-template <bool Bf16, int N> QKV_KERNEL void by_columns_kernel(const uint16_t *a, const uint16_t *b, float *out) {
+// out [64, N] = A [64, 128] B, A in registers, B [128, N] by columns, from column kFirst of its panel on.
+template <bool Bf16, int N, int kFirst> QKV_KERNEL void by_columns_kernel(const uint16_t *a, const uint16_t *b, float *out) {
 #if QKV_HAS_WARPGROUP_PRODUCTS
   QKV_DYNAMIC_SHARED(memory);
   unsigned char *panels = align_panels(memory);
-  for (int i = thread_index(); i < kDepth * N; i += kGroup) panel_at(panels, kDepth, i / N, i % N) = b[i];
+  for (int i = thread_index(); i < kDepth * N; i += kGroup) panel_at(panels, kDepth, i / N, kFirst + i % N) = b[i];
   fence_for_products();
   sync_threads();
-  const int row = warp_index() * 16 + lane_index() / 4, column = lane_index() % 4 * 2;
-  const auto pair = [&](int row, int k) { return a[row * kDepth + k] | static_cast<uint32_t>(a[row * kDepth + k + 1]) << 16; };
   uint32_t fragments[kDepth / 16][4];
-  QKV_UNROLL
-  for (int step = 0; step < kDepth / 16; step++) {
-    QKV_UNROLL
-    for (int i = 0; i < 4; i++) fragments[step][i] = pair(row + 8 * (i % 2), 16 * step + column + 8 * (i / 2));
-  }
+  load_fragments(a, fragments);
   float sums[N / 8][4];
   QKV_UNROLL
   for (int j = 0; j < N / 8; j++) {
     QKV_UNROLL
-    for (int i = 0; i < 4; i++) sums[j][i] = 0.0f;
+    for (int i = 0; i < 4; i++) sums[j][i] = N <= 32 ? 1e30f : 0.0f;
   }
   products_begin();
   QKV_UNROLL
   for (int step = 0; step < kDepth / 16; step++) {
-    const PanelMatrix y = matrix_by_columns(panels, kDepth * kPanelRow) + 16 * kPanelRow * step;
+    const PanelMatrix y = matrix_by_columns(panels + 2 * kFirst, kDepth * kPanelRow) + 16 * kPanelRow * step;
     if constexpr (Bf16) {
       multiply_columns_bf16(sums, fragments[step], y);
+    } else if constexpr (N <= 32) {
+      multiply_columns_f16(sums, fragments[step], y, step > 0); // the first product does not add
     } else {
       multiply_columns_f16(sums, fragments[step], y);
     }
@@ -118,13 +124,40 @@ template <bool Bf16, int N> QKV_KERNEL void by_columns_kernel(const uint16_t *a,
 #endif
 }
 
-enum class Kind { Rows, RowsTwice, Columns128, Columns64 };
+// out [64, N] = A [64, 128] B^T, A in registers, B [N, 128].
+template <int N> QKV_KERNEL void register_rows_kernel(const uint16_t *a, const uint16_t *b, float *out) {
+#if QKV_HAS_WARPGROUP_PRODUCTS
+  QKV_DYNAMIC_SHARED(memory);
+  unsigned char *panels = align_panels(memory);
+  for (int i = thread_index(); i < kDepth * N; i += kGroup) panel_at(panels, N, i / kDepth, i % kDepth) = b[i];
+  fence_for_products();
+  sync_threads();
+  uint32_t fragments[kDepth / 16][4];
+  load_fragments(a, fragments);
+  float sums[N / 8][4];
+  for (int j = 0; j < N / 8; j++) {
+    for (int i = 0; i < 4; i++) sums[j][i] = 1e30f; // the first product does not add
+  }
+  products_begin();
+  QKV_UNROLL
+  for (int step = 0; step < kDepth / 16; step++) {
+    multiply_rows_f16(sums, fragments[step], matrix_by_rows(panels + step / 4 * N * kPanelRow) + 32 * (step % 4), step > 0);
+  }
+  products_commit();
+  products_wait<0>(sums);
+  store_sums(sums, out);
+#else
+  (void)a, (void)b, (void)out;
+#endif
+}
+
+enum class Kind { Rows, RowsTwice, RegisterRows, Columns };
 
 // `integers`: small ones, whose sums are exact in any order; otherwise random values over many binades.
-template <bool Bf16> void products(Report &report, const char *name, Kind kind, bool integers) {
+template <bool Bf16, int N = 128, int kFirst = 0> void products(Report &report, const char *name, Kind kind, bool integers) {
   const SmallFloat format = Bf16 ? small_bf16() : small_f16();
-  const bool rows = kind == Kind::Rows || kind == Kind::RowsTwice;
-  const int columns = kind == Kind::Columns64 ? 64 : 128;
+  const bool rows = kind != Kind::Columns;
+  constexpr int columns = N;
   std::mt19937 random(Bf16 ? 31 : 30);
   const auto value = [&]() -> float {
     if (integers) return static_cast<float>(static_cast<int>(random() % 17) - 8);
@@ -139,12 +172,12 @@ template <bool Bf16> void products(Report &report, const char *name, Kind kind, 
   const Grid grid{1, 1, 1};
   const size_t shared = 1024 + (kRows + 128) * kDepth * 2;
   int status = QUANTKV_OK;
-  if (rows) {
-    status = QKV_LAUNCH((by_rows_kernel<Bf16>), grid, kGroup, shared, nullptr, da.get(), db.get(), out.get(), kind == Kind::RowsTwice);
-  } else if (columns == 128) {
-    status = QKV_LAUNCH((by_columns_kernel<Bf16, 128>), grid, kGroup, shared, nullptr, da.get(), db.get(), out.get());
+  if (kind == Kind::Columns) {
+    status = QKV_LAUNCH((by_columns_kernel<Bf16, N, kFirst>), grid, kGroup, shared, nullptr, da.get(), db.get(), out.get());
+  } else if constexpr (N < 128) {
+    status = QKV_LAUNCH((register_rows_kernel<N>), grid, kGroup, shared, nullptr, da.get(), db.get(), out.get());
   } else {
-    status = QKV_LAUNCH((by_columns_kernel<Bf16, 64>), grid, kGroup, shared, nullptr, da.get(), db.get(), out.get());
+    status = QKV_LAUNCH((by_rows_kernel<Bf16>), grid, kGroup, shared, nullptr, da.get(), db.get(), out.get(), kind == Kind::RowsTwice);
   }
   check(status, name);
   const std::vector<float> got = out.read();
@@ -247,10 +280,17 @@ void test_hopper(Report &report, uint64_t) {
     products<false>(report, "multiply_rows", Kind::Rows, integers);
     products<true>(report, "multiply_rows", Kind::Rows, integers);
     products<false>(report, "multiply_rows, adding", Kind::RowsTwice, integers);
-    products<false>(report, "multiply_columns [128]", Kind::Columns128, integers);
-    products<true>(report, "multiply_columns [128]", Kind::Columns128, integers);
-    products<false>(report, "multiply_columns [64]", Kind::Columns64, integers);
-    products<true>(report, "multiply_columns [64]", Kind::Columns64, integers);
+    products<false>(report, "multiply_columns [128]", Kind::Columns, integers);
+    products<true>(report, "multiply_columns [128]", Kind::Columns, integers);
+    products<false, 64>(report, "multiply_columns [64]", Kind::Columns, integers);
+    products<true, 64>(report, "multiply_columns [64]", Kind::Columns, integers);
+    products<false, 32>(report, "multiply_columns [32]", Kind::Columns, integers);
+    products<false, 32, 32>(report, "multiply_columns [32], from 32", Kind::Columns, integers);
+    products<false, 16>(report, "multiply_columns [16]", Kind::Columns, integers);
+    products<false, 16, 32>(report, "multiply_columns [16], from 32", Kind::Columns, integers);
+    products<false, 64>(report, "multiply_rows [64], A in registers", Kind::RegisterRows, integers);
+    products<false, 32>(report, "multiply_rows [32], A in registers", Kind::RegisterRows, integers);
+    products<false, 16>(report, "multiply_rows [16], A in registers", Kind::RegisterRows, integers);
   }
   test_ring(report);
 }

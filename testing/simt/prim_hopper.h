@@ -7,6 +7,7 @@
 #include "prim.h"
 
 #define QKV_HAS_WARPGROUP_PRODUCTS (QUANTKV_SIMT_ARCH == 90)
+#define QKV_PANELS_SHARED(name) unsigned char *name = quantkv::simt::dynamic_shared
 
 namespace quantkv {
 
@@ -126,9 +127,14 @@ void multiply_rows(float (&sums)[kTiles][4], PanelMatrix a, PanelMatrix b, bool 
   issue(Product{{}, &sums[0][0], 8 * kTiles, adds, is_bf16, false, {}, a, b});
 }
 template <size_t kTiles>
-void multiply_columns(float (&sums)[kTiles][4], const uint32_t (&a)[4], PanelMatrix b, bool is_bf16) {
-  check_aligned("multiply_columns, operand", b.start, 1024);
-  issue(Product{{}, &sums[0][0], 8 * kTiles, true, is_bf16, true, {a[0], a[1], a[2], a[3]}, {}, b});
+void multiply_rows(float (&sums)[kTiles][4], const uint32_t (&a)[4], PanelMatrix b, bool adds, bool is_bf16) {
+  check_aligned("multiply_rows, operand", b.start, 32);
+  issue(Product{{}, &sums[0][0], 8 * kTiles, adds, is_bf16, true, {a[0], a[1], a[2], a[3]}, {}, b});
+}
+template <size_t kTiles>
+void multiply_columns(float (&sums)[kTiles][4], const uint32_t (&a)[4], PanelMatrix b, bool adds, bool is_bf16) {
+  check_aligned("multiply_columns, operand", b.start, 64);
+  issue(Product{{}, &sums[0][0], 8 * kTiles, adds, is_bf16, true, {a[0], a[1], a[2], a[3]}, {}, b});
 }
 
 } // namespace simt
@@ -150,11 +156,16 @@ inline void multiply_rows_f16(float (&sums)[16][4], PanelMatrix a, PanelMatrix b
 inline void multiply_rows_bf16(float (&sums)[16][4], PanelMatrix a, PanelMatrix b, bool adds) {
   simt::multiply_rows(sums, a, b, adds, true);
 }
-template <size_t kTiles> void multiply_columns_f16(float (&sums)[kTiles][4], const uint32_t (&a)[4], PanelMatrix b) {
-  simt::multiply_columns(sums, a, b, false);
+template <size_t kTiles>
+void multiply_rows_f16(float (&sums)[kTiles][4], const uint32_t (&a)[4], PanelMatrix b, bool adds) {
+  simt::multiply_rows(sums, a, b, adds, false);
+}
+template <size_t kTiles>
+void multiply_columns_f16(float (&sums)[kTiles][4], const uint32_t (&a)[4], PanelMatrix b, bool adds = true) {
+  simt::multiply_columns(sums, a, b, adds, false);
 }
 template <size_t kTiles> void multiply_columns_bf16(float (&sums)[kTiles][4], const uint32_t (&a)[4], PanelMatrix b) {
-  simt::multiply_columns(sums, a, b, true);
+  simt::multiply_columns(sums, a, b, true, true);
 }
 inline void fence_for_products() {}
 

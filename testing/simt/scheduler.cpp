@@ -358,7 +358,7 @@ int run(const Work &wanted) {
   grid_size = wanted.grid;
   if (block.lanes.size() < static_cast<size_t>(wanted.threads)) block.lanes.resize(static_cast<size_t>(wanted.threads));
   void *shared = nullptr; // of exactly the size asked for: AddressSanitizer sees the first byte past it
-  if (wanted.shared_bytes > 0 && posix_memalign(&shared, 128, wanted.shared_bytes) != 0) {
+  if (wanted.shared_bytes > 0 && posix_memalign(&shared, 1024, wanted.shared_bytes) != 0) {
     return status_of(Fault::InvalidValue);
   }
   dynamic_shared = static_cast<unsigned char *>(shared);

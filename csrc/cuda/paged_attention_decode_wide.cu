@@ -1,0 +1,38 @@
+// The decode kernel of sm_90a for more rows than ops/paged_attention_decode.h takes: what it can do, and its launch.
+#include "../hopper/paged_attention_decode_wide.h"
+#include "../launch/paged_attention_kernels.h"
+
+namespace quantkv {
+namespace {
+
+template <Format F, int Rows> int launch_of(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {
+  using Shape = WideShape<F, Rows>;
+  static_assert(Shape::kBlocks == kDecodeWideBlocks<Rows> && Shape::kTokens == kDecodeWideTile, "the kernel's");
+  return QKV_LAUNCH_IN_ORDER((paged_attention_decode_wide<F, Rows>), (Grid{list.workers, 1, 1}), Shape::kThreads,
+                               sizeof(WideShared<Shape>), stream, params, list);
+}
+
+template <Format F> int launch_format(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {
+  if (list.rows <= 16) return launch_of<F, 16>(params, list, stream);
+  return list.rows <= 32 ? launch_of<F, 32>(params, list, stream) : launch_of<F, 64>(params, list, stream);
+}
+
+} // namespace
+
+KernelShape decode_wide_shape(const quantkv_paged_attention &op, const Device &device, int64_t rows) {
+  const quantkv_cache &cache = op.cache;
+  const Format format = format_of(cache.k);
+  const bool can = kHasHopperKernels && device.compute_capability == 90 && rows <= kDecodeWideRows &&
+                   (format == Format::E4M3 || format == Format::E5M2) && cache.k.head_dim == 128 && cache.k.dynamic == nullptr &&
+                   cache.v.dynamic == nullptr && decode_can_load(op);
+  if (!can) return KernelShape{};
+  if (rows <= 16) return decode_wide_shape_of<16>();
+  return rows <= 32 ? decode_wide_shape_of<32>() : decode_wide_shape_of<64>();
+}
+
+int launch_decode_wide(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {
+  return format_of(params.op.cache.k) == Format::E4M3 ? launch_format<Format::E4M3>(params, list, stream)
+                                                      : launch_format<Format::E5M2>(params, list, stream);
+}
+
+} // namespace quantkv

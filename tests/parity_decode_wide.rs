@@ -1,0 +1,142 @@
+//! `paged_attention` of 17 to 64 query rows a KV head over an FP8 cache of 128 channels against f64: on sm_90 a kernel of
+//! its own, which the call's longest sequence and its mean choose. What no query may see is NaN, as in parity_attention.
+
+mod attention_cases;
+#[path = "../testing/devices.rs"]
+mod devices;
+#[path = "../testing/oracle/mod.rs"]
+mod oracle;
+
+use attention_cases::{Parameters, build, fill_visible, simple};
+use devices::attention_devices;
+use oracle::attention::{Arithmetic, AttentionCase, check_attention, expect};
+use oracle::geometry::{Geometry, Layer, Scales};
+use oracle::run;
+use oracle::strategy::{Rng, ScaleKind};
+use quantkv::{CacheLayout, DType, KvFormat};
+
+fn check_all(case: &AttentionCase, what: impl std::fmt::Debug) {
+    let expectation = expect(case);
+    for device in attention_devices() {
+        let run = on_device!(&device, |backend| run::attention(backend, case));
+        let (out, lse, faults) = run.unwrap();
+        let arithmetic = Arithmetic::of(device.has_tensor_cores(), device.flushes_subnormals());
+        check_attention(case, &expectation, arithmetic, &out, lse.as_deref(), faults)
+            .unwrap_or_else(|text| panic!("{what:?} on {device}: {text}"));
+    }
+}
+
+fn geometry(layout: CacheLayout, heads: usize, block_size: usize, sequences: &[(usize, usize)]) -> Geometry {
+    let blocks: usize = sequences.iter().map(|&(before, new)| (before + new).div_ceil(block_size)).sum();
+    Geometry::plain(layout, (heads, 128), (block_size, blocks + 1), KvFormat::Fp8E4M3)
+}
+
+/// A call that says how many queries its longest sequence has.
+fn wide(geometry: Geometry, group: usize, sequences: Vec<(usize, usize)>) -> Parameters {
+    Parameters { dtype: DType::BF16, says_longest: true, ..simple(geometry, group, sequences) }
+}
+
+/// Every number of rows around those of the products (16, 32, 64), whole and not, both sides of what the kernel takes.
+#[test]
+fn every_number_of_rows() {
+    for (group, new) in [(8, 2), (17, 1), (8, 3), (8, 4), (5, 7), (11, 3), (8, 8), (21, 3), (64, 1), (13, 5), (71, 1)] {
+        for layout in [CacheLayout::Hnd, CacheLayout::Nhd] {
+            let sequences = vec![(300, new), (64, new), (63, new), (1, new), (0, new)];
+            let geometry = geometry(layout, 1, 16, &sequences);
+            check_all(&build(&wide(geometry, group, sequences)), (group, new, layout));
+        }
+    }
+}
+
+/// Lengths around a part of 16 tokens and a tile of 64, at every block size; windows that begin anywhere in a tile.
+#[test]
+fn every_length_around_a_tile() {
+    for block_size in [8, 16, 32, 128] {
+        for window in [None, Some(1), Some(21), Some(100)] {
+            let lengths = [1, 7, 8, 9, 15, 16, 17, 47, 48, 49, 63, 64, 65, 127, 128, 129, 191, 200];
+            let sequences: Vec<_> = lengths.map(|before| (before, 5)).to_vec();
+            let geometry = geometry(CacheLayout::Hnd, 1, block_size, &sequences);
+            let parameters = Parameters { window, lse: true, ..wide(geometry, 4, sequences) };
+            check_all(&build(&parameters), (block_size, window));
+        }
+    }
+}
+
+/// Both formats, both activations, every kind of scale, sinks, ALiBi (under which maxima grow) and a soft cap.
+#[test]
+fn every_feature() {
+    use ScaleKind::{Channel, Head, Tensor};
+    let scales = [(Tensor, Head), (Channel, Tensor), (Head, Channel)];
+    for (i, format) in [KvFormat::Fp8E4M3, KvFormat::Fp8E5M2].into_iter().enumerate() {
+        for (j, scales) in scales.into_iter().enumerate() {
+            for (alibi, soft_cap) in [(false, None), (true, None), (false, Some(30.0)), (true, Some(0.5))] {
+                let sequences = vec![(400, 6), (70, 6), (130, 5)];
+                let geometry =
+                    Geometry { k_format: format, v_format: format, ..geometry(CacheLayout::Hnd, 2, 16, &sequences) };
+                let dtype = [DType::F16, DType::BF16][(i + j) % 2];
+                let sinks = j == 1;
+                let parameters =
+                    Parameters { dtype, scales, sinks, alibi, soft_cap, lse: true, ..wide(geometry, 5, sequences) };
+                check_all(&build(&parameters), (format, scales, alibi, soft_cap));
+            }
+        }
+    }
+}
+
+/// Scores that grow from tile to tile, so that what weights are relative to must follow; that shrink; of both signs; and so
+/// large that f16 would not hold them.
+#[test]
+fn maxima_that_move() {
+    let sequences = vec![(500, 4)];
+    let geometry = geometry(CacheLayout::Hnd, 1, 16, &sequences);
+    for factor in [1.0, 40.0, -40.0] {
+        for alibi in [false, true] {
+            let mut case = build(&Parameters { alibi, ..wide(geometry, 8, sequences.clone()) });
+            case.params.softmax_scale *= factor;
+            check_all(&case, (factor, alibi));
+        }
+    }
+}
+
+/// Holes: blocks that the table does not name, a piece of nothing else, sequences without keys, and queries that come before
+/// their sequence.
+#[test]
+fn holes_and_nothing() {
+    let sequences = vec![(900, 4), (200, 4), (3, 4), (64, 4)];
+    for block_size in [8, 16, 64] {
+        let geometry = geometry(CacheLayout::Nhd, 1, block_size, &sequences);
+        let mut case = build(&wide(geometry, 8, sequences.clone()));
+        case.tables[2..][..600 / block_size].fill(-1);
+        case.tables[case.table_stride..][..204usize.div_ceil(block_size)].fill(geometry.num_blocks as i32);
+        check_all(&case, (block_size, "bad blocks"));
+        let mut case = build(&wide(geometry, 8, sequences.clone()));
+        (case.seq_lens[1], case.seq_lens[2]) = (0, 2);
+        case.layer = Layer::poisoned(&geometry);
+        fill_visible(&mut case, &mut Rng::new(5));
+        check_all(&case, (block_size, "no keys"));
+    }
+}
+
+/// Sequences of one length, in equal pieces or several whole ones a worker; many short ones, so that the next pieces are
+/// loaded while one is attended to; one in very many pieces.
+#[test]
+fn pieces_of_all_kinds() {
+    for (count, length, new) in [(1, 3000, 4), (2, 600, 8), (4, 300, 3), (24, 90, 8), (64, 20, 4), (40, 70, 3)] {
+        let sequences = vec![(length - new, new); count];
+        let geometry = geometry(CacheLayout::Hnd, 2, 16, &sequences);
+        let mut case = build(&wide(geometry, 8, sequences));
+        (case.k_scale, case.v_scale) = (Scales::tensor(0.5), Scales::tensor(0.25));
+        check_all(&case, (count, length, new));
+    }
+    let sequences: Vec<_> = (0..30).map(|i| (i * 37 % 400, 1 + i % 7)).collect();
+    let geometry = geometry(CacheLayout::Hnd, 2, 16, &sequences);
+    check_all(&build(&wide(geometry, 8, sequences)), "all lengths");
+}
+
+/// One sequence of many queries among those of one: two kernels share the call.
+#[test]
+fn few_among_many() {
+    let sequences = vec![(100, 1), (300, 1), (64, 8), (7, 1), (500, 1), (90, 1), (33, 1), (12, 1), (80, 1)];
+    let geometry = geometry(CacheLayout::Hnd, 2, 16, &sequences);
+    check_all(&build(&wide(geometry, 8, sequences)), ());
+}
