@@ -66,6 +66,75 @@ fn tensor(geometry: &Geometry, half: Half, tokens: usize, rng: &mut Rng) -> Rows
     strategy::rows((tokens, geometry.heads, geometry.dim(half)), (1, 2, 3), DType::F32, || rng.normal())
 }
 
+/// What is random of a call of `paged_attention` whose tables, lengths and query starts are.
+#[derive(Debug)]
+struct HostileTables {
+    geometry: Geometry,
+    dtype: DType,
+    group: usize,
+    seqs: usize,
+    num_tokens: usize,
+    table_stride: usize,
+    window: Option<usize>,
+    longest: Option<usize>,
+    seed: u64,
+}
+
+fn check_tables(tables: &HostileTables) -> Result<(), TestCaseError> {
+    let HostileTables { geometry, dtype, group, seqs, num_tokens, table_stride, window, longest, seed } = *tables;
+    let mut rng = Rng::new(seed);
+    let num_heads = geometry.heads * group;
+    let mut layer = Layer::poisoned(&geometry);
+    for (block, slot) in (0..geometry.num_blocks).flat_map(|b| (0..geometry.block_size).map(move |s| (b, s))) {
+        strategy::fill_slot(&geometry, &mut layer, (block, slot), &mut rng);
+    }
+    let rows = |dim, rng: &mut Rng| strategy::rows((num_tokens, num_heads, dim), (0, 8, 8), dtype, || rng.normal());
+    let (query, output) = (rows(geometry.k_dim, &mut rng), rows(geometry.v_dim, &mut rng));
+    let mut query_starts: Vec<i32> = (0..=seqs).map(|_| hostile(&mut rng, num_tokens)).collect();
+    if rng.chance(50) {
+        // Sound starts with at most one broken entry reach the deeper code more often.
+        query_starts = (0..=seqs).map(|_| rng.below(num_tokens + 1) as i32).collect();
+        query_starts.sort_unstable();
+        let broken = rng.below(seqs + 1);
+        query_starts[broken] = hostile(&mut rng, num_tokens);
+    }
+    let capacity = table_stride * geometry.block_size;
+    let mut params = AttentionParams::new(0.3 / (geometry.k_dim as f32).sqrt());
+    params.sliding_window = window;
+    let case = AttentionCase {
+        geometry,
+        layer,
+        k_scale: strategy::scales(ScaleKind::Tensor, geometry.heads, geometry.k_dim, || rng.mild_scale()),
+        v_scale: strategy::scales(ScaleKind::Head, geometry.heads, geometry.v_dim, || rng.mild_scale()),
+        params,
+        num_heads,
+        num_tokens,
+        max_query_len: longest,
+        dtype,
+        query,
+        query_starts,
+        seq_lens: (0..seqs).map(|_| hostile(&mut rng, capacity)).collect(),
+        tables: (0..seqs * table_stride).map(|_| hostile(&mut rng, geometry.num_blocks)).collect(),
+        table_stride,
+        alibi: None,
+        sinks: None,
+        output,
+        lse: Some(vec![1234.0; num_tokens * num_heads + 5]),
+    };
+    let expectation = expect(&case);
+    for device in attention_devices() {
+        let arithmetic = Arithmetic::of(device.has_tensor_cores(), device.flushes_subnormals());
+        let (out, lse, faults) = on_device!(&device, |backend| run::attention(backend, &case)).unwrap();
+        prop_assert_eq!(
+            check_attention(&case, &expectation, arithmetic, &out, lse.as_deref(), faults),
+            Ok(()),
+            "on {}",
+            device
+        );
+    }
+    Ok(())
+}
+
 proptest! {
     #![proptest_config(strategy::config(192))]
 
@@ -102,57 +171,20 @@ proptest! {
     #[test]
     fn attention_tables(
         geometry in attention_geometry(), dtype in strategy::dtype(), group in 1usize..4, seqs in 0usize..5, num_tokens in prop_oneof![4 => 0usize..12, 1 => 40usize..90],
-        table_stride in 0usize..5, window in prop::option::of(1usize..30), seed in any::<u64>(),
+        table_stride in 0usize..5, window in prop::option::of(1usize..30), longest in prop::option::weighted(0.3, 0usize..6), seed in any::<u64>(),
     ) {
-        let mut rng = Rng::new(seed);
-        let num_heads = geometry.heads * group;
-        let mut layer = Layer::poisoned(&geometry);
-        for (block, slot) in (0..geometry.num_blocks).flat_map(|b| (0..geometry.block_size).map(move |s| (b, s))) {
-            strategy::fill_slot(&geometry, &mut layer, (block, slot), &mut rng);
-        }
-        let rows = |dim, rng: &mut Rng| {
-            strategy::rows((num_tokens, num_heads, dim), (0, 8, 8), dtype, || rng.normal())
-        };
-        let (query, output) = (rows(geometry.k_dim, &mut rng), rows(geometry.v_dim, &mut rng));
-        let mut query_starts: Vec<i32> = (0..=seqs).map(|_| hostile(&mut rng, num_tokens)).collect();
-        if rng.chance(50) {
-            // Sound starts with at most one broken entry reach the deeper code more often.
-            query_starts = (0..=seqs).map(|_| rng.below(num_tokens + 1) as i32).collect();
-            query_starts.sort_unstable();
-            let broken = rng.below(seqs + 1);
-            query_starts[broken] = hostile(&mut rng, num_tokens);
-        }
-        let capacity = table_stride * geometry.block_size;
-        let mut params = AttentionParams::new(0.3 / (geometry.k_dim as f32).sqrt());
-        params.sliding_window = window;
-        let case = AttentionCase {
-            geometry,
-            layer,
-            k_scale: strategy::scales(ScaleKind::Tensor, geometry.heads, geometry.k_dim, || rng.mild_scale()),
-            v_scale: strategy::scales(ScaleKind::Head, geometry.heads, geometry.v_dim, || rng.mild_scale()),
-            params,
-            num_heads,
-            num_tokens,
-            max_query_len: rng.chance(30).then(|| rng.below(6)),
-            dtype,
-            query,
-            query_starts,
-            seq_lens: (0..seqs).map(|_| hostile(&mut rng, capacity)).collect(),
-            tables: (0..seqs * table_stride).map(|_| hostile(&mut rng, geometry.num_blocks)).collect(),
-            table_stride,
-            alibi: None,
-            sinks: None,
-            output,
-            lse: Some(vec![1234.0; num_tokens * num_heads + 5]),
-        };
-        let expectation = expect(&case);
-        for device in attention_devices() {
-            let arithmetic = Arithmetic::of(device.has_tensor_cores(), device.flushes_subnormals());
-            let (out, lse, faults) = on_device!(&device, |backend| run::attention(backend, &case)).unwrap();
-            prop_assert_eq!(
-                check_attention(&case, &expectation, arithmetic, &out, lse.as_deref(), faults), Ok(()), "on {}", device
-            );
-        }
+        check_tables(&HostileTables { geometry, dtype, group, seqs, num_tokens, table_stride, window, longest, seed })?;
+    }
+
+    /// The same for the kernel that takes 17 to 64 query rows a KV head.
+    #[test]
+    fn attention_tables_of_many_rows(
+        layout in prop::sample::select(vec![CacheLayout::Hnd, CacheLayout::Nhd]), blocks in (prop::sample::select(vec![8usize, 16, 32]), 1usize..=6),
+        dtype in prop::sample::select(vec![DType::F16, DType::BF16]), group in prop::sample::select(vec![6usize, 8, 12]), seqs in 4usize..7,
+        num_tokens in 8usize..40, table_stride in 1usize..9, window in prop::option::of(1usize..90), longest in 3usize..6, seed in any::<u64>(),
+    ) {
+        let geometry = Geometry::plain(layout, (2, 128), blocks, KvFormat::Fp8E4M3);
+        check_tables(&HostileTables { geometry, dtype, group, seqs, num_tokens, table_stride, window, longest: Some(longest), seed })?;
     }
 
     /// Random tables, bounds and starts of both gathers.

@@ -1,5 +1,6 @@
 //! `paged_attention` of 17 to 64 query rows a KV head over an FP8 cache of 128 channels against f64: on sm_90 a kernel of
-//! its own, which the call's longest sequence and its mean choose. What no query may see is NaN, as in parity_attention.
+//! its own, if there are 8 (sequence, KV head) pairs or more, and for more than 32 rows as many as multiprocessors. What no query
+//! may see is NaN, as in parity_attention.
 
 mod attention_cases;
 #[path = "../testing/devices.rs"]
@@ -42,7 +43,7 @@ fn every_number_of_rows() {
     for (group, new) in [(8, 2), (17, 1), (8, 3), (8, 4), (5, 7), (11, 3), (8, 8), (21, 3), (64, 1), (13, 5), (71, 1)] {
         for layout in [CacheLayout::Hnd, CacheLayout::Nhd] {
             let sequences = vec![(300, new), (64, new), (63, new), (1, new), (0, new)];
-            let geometry = geometry(layout, 1, 16, &sequences);
+            let geometry = geometry(layout, 2, 16, &sequences);
             check_all(&build(&wide(geometry, group, sequences)), (group, new, layout));
         }
     }
@@ -72,7 +73,7 @@ fn every_feature() {
             for (alibi, soft_cap) in [(false, None), (true, None), (false, Some(30.0)), (true, Some(0.5))] {
                 let sequences = vec![(400, 6), (70, 6), (130, 5)];
                 let geometry =
-                    Geometry { k_format: format, v_format: format, ..geometry(CacheLayout::Hnd, 2, 16, &sequences) };
+                    Geometry { k_format: format, v_format: format, ..geometry(CacheLayout::Hnd, 3, 16, &sequences) };
                 let dtype = [DType::F16, DType::BF16][(i + j) % 2];
                 let sinks = j == 1;
                 let parameters =
@@ -88,7 +89,7 @@ fn every_feature() {
 #[test]
 fn maxima_that_move() {
     let sequences = vec![(500, 4)];
-    let geometry = geometry(CacheLayout::Hnd, 1, 16, &sequences);
+    let geometry = geometry(CacheLayout::Hnd, 8, 16, &sequences);
     for factor in [1.0, 40.0, -40.0] {
         for alibi in [false, true] {
             let mut case = build(&Parameters { alibi, ..wide(geometry, 8, sequences.clone()) });
@@ -104,7 +105,7 @@ fn maxima_that_move() {
 fn holes_and_nothing() {
     let sequences = vec![(900, 4), (200, 4), (3, 4), (64, 4)];
     for block_size in [8, 16, 64] {
-        let geometry = geometry(CacheLayout::Nhd, 1, block_size, &sequences);
+        let geometry = geometry(CacheLayout::Nhd, 2, block_size, &sequences);
         let mut case = build(&wide(geometry, 8, sequences.clone()));
         case.tables[2..][..600 / block_size].fill(-1);
         case.tables[case.table_stride..][..204usize.div_ceil(block_size)].fill(geometry.num_blocks as i32);
@@ -118,25 +119,35 @@ fn holes_and_nothing() {
 }
 
 /// Sequences of one length, in equal pieces or several whole ones a worker; many short ones, so that the next pieces are
-/// loaded while one is attended to; one in very many pieces.
+/// loaded while one is attended to; few in very many pieces.
 #[test]
 fn pieces_of_all_kinds() {
-    for (count, length, new) in [(1, 3000, 4), (2, 600, 8), (4, 300, 3), (24, 90, 8), (64, 20, 4), (40, 70, 3)] {
+    for (count, heads, length, new) in
+        [(1, 8, 3000, 4), (2, 4, 600, 8), (4, 2, 300, 3), (24, 2, 90, 8), (64, 2, 20, 4), (40, 2, 70, 3)]
+    {
         let sequences = vec![(length - new, new); count];
-        let geometry = geometry(CacheLayout::Hnd, 2, 16, &sequences);
+        let geometry = geometry(CacheLayout::Hnd, heads, 16, &sequences);
         let mut case = build(&wide(geometry, 8, sequences));
         (case.k_scale, case.v_scale) = (Scales::tensor(0.5), Scales::tensor(0.25));
         check_all(&case, (count, length, new));
     }
-    let sequences: Vec<_> = (0..30).map(|i| (i * 37 % 400, 1 + i % 7)).collect();
-    let geometry = geometry(CacheLayout::Hnd, 2, 16, &sequences);
-    check_all(&build(&wide(geometry, 8, sequences)), "all lengths");
+}
+
+/// All lengths in one call, and pairs enough for devices of more than a hundred multiprocessors.
+#[test]
+fn lengths_of_all_kinds() {
+    for (longest, group) in [(7, 4), (8, 8)] {
+        let sequences: Vec<_> = (0..40).map(|i| (i * 37 % 400, 1 + i % longest)).collect();
+        let geometry = geometry(CacheLayout::Hnd, 4, 16, &sequences);
+        check_all(&build(&wide(geometry, group, sequences)), (longest, group));
+    }
 }
 
 /// One sequence of many queries among those of one: two kernels share the call.
 #[test]
 fn few_among_many() {
-    let sequences = vec![(100, 1), (300, 1), (64, 8), (7, 1), (500, 1), (90, 1), (33, 1), (12, 1), (80, 1)];
+    let mut sequences = vec![(100, 1), (300, 1), (64, 4), (7, 1), (500, 1), (90, 1), (33, 1), (12, 1), (80, 1)];
+    sequences.push((20, 4));
     let geometry = geometry(CacheLayout::Hnd, 2, 16, &sequences);
     check_all(&build(&wide(geometry, 8, sequences)), ());
 }

@@ -13,7 +13,6 @@ template <Format F, int Rows> int launch_of(const AttentionParams &params, const
 }
 
 template <Format F> int launch_format(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {
-  if (list.rows <= 16) return launch_of<F, 16>(params, list, stream);
   return list.rows <= 32 ? launch_of<F, 32>(params, list, stream) : launch_of<F, 64>(params, list, stream);
 }
 
@@ -22,12 +21,15 @@ template <Format F> int launch_format(const AttentionParams &params, const WorkL
 KernelShape decode_wide_shape(const quantkv_paged_attention &op, const Device &device, int64_t rows) {
   const quantkv_cache &cache = op.cache;
   const Format format = format_of(cache.k);
-  const bool can = kHasHopperKernels && device.compute_capability == 90 && rows <= kDecodeWideRows &&
+  const bool can = kHasHopperKernels && device.compute_capability == 90 && rows <= 64 &&
                    (format == Format::E4M3 || format == Format::E5M2) && cache.k.head_dim == 128 && cache.k.dynamic == nullptr &&
                    cache.v.dynamic == nullptr && decode_can_load(op);
-  if (!can) return KernelShape{};
-  if (rows <= 16) return decode_wide_shape_of<16>();
-  return rows <= 32 ? decode_wide_shape_of<32>() : decode_wide_shape_of<64>();
+  // Where sequences and KV heads are few, the prefill kernel is as fast: each is cut into many pieces, whose rows are merged by
+  // the block of the first one, and 64 rows take long.
+  const int64_t pairs = op.num_seqs * cache.num_kv_heads;
+  if (!can || pairs < 8) return KernelShape{};
+  if (rows <= 32) return kDecodeWideShape<32>;
+  return pairs >= device.multiprocessors ? kDecodeWideShape<64> : KernelShape{};
 }
 
 int launch_decode_wide(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {

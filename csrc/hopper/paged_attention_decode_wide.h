@@ -1,4 +1,4 @@
-// paged_attention for 9 to 64 query rows a KV head (speculative decode, wide groups) over an FP8 cache, on sm_90a: products of
+// paged_attention for 17 to 64 query rows a KV head (speculative decode, wide groups) over an FP8 cache, on sm_90a: products of
 // a warpgroup (wgmma).
 //
 // The limit is reading K and V once, as for the decode kernel of fewer rows (ops/paged_attention_decode.h), and products are
@@ -16,7 +16,7 @@
 //       interleaved before they are widened; the channels are rows g and g + 8 of the first O^T and of the second.
 //   O   of these channels, rows 8j + 2t and 8j + 2t + 1
 //
-// K and V come to shared memory in the background, two tiles ahead, K to where its own warp reads it. A tile has one barrier:
+// K and V come to shared memory in the background, a tile ahead, K to where its own warp reads it. A tile has one barrier:
 // before it weights are written, relative to what they were before; after it V of all warps is there. Scores far above what
 // weights are relative to are rare: a warp that meets one says so before the barrier, and after it all warps follow.
 #pragma once
@@ -77,13 +77,12 @@ template <Format F, class Shape> struct WideDecode {
 
   // This lane's K of the warp's tokens, as an operand.
   QKV_DEVICE void widen_keys(uint32_t (&k)[kSteps][4]) const {
-    const int thread = reread_thread_index(), g = thread % kWarp / 4, t = thread % 4;
-    const unsigned char *row = shared.keys[thread / kWarp] + g * Shape::kDim;
+    const int at = shared.offsets[thread_index()].keys;
     QKV_UNROLL
     for (int half = 0; half < 2; half++) {
-      const int at = 16 * (WideLoader<Shape>::key_chunk(g, t) ^ 4 * half);
-      const Words<4> first = *reinterpret_cast<const Words<4> *>(row + at);
-      const Words<4> second = *reinterpret_cast<const Words<4> *>(row + 8 * Shape::kDim + at);
+      const unsigned char *from = shared.keys[0] + (at ^ 64 * half);
+      const Words<4> first = *reinterpret_cast<const Words<4> *>(from);
+      const Words<4> second = *reinterpret_cast<const Words<4> *>(from + 8 * Shape::kDim);
       QKV_UNROLL
       for (int i = 0; i < 4; i++) {
         uint32_t(&step)[4] = k[4 * half + i];
@@ -128,9 +127,8 @@ template <Format F, class Shape> struct WideDecode {
   // Weights of this lane's scores to shared memory, their sums to `sums`. `rows`: what scores are to be multiplied by, too. Answers
   // the largest score, relative to what weights are.
   QKV_DEVICE float write_weights(const float (&s)[kRowTiles][4], const WideRow *rows, uint32_t number, float (&sums)[kRowTiles][2]) const {
-    const int thread = reread_thread_index(), g = thread % kWarp / 4, t = thread % 4, token = Shape::kPart * (thread / kWarp) + g;
+    const int t = thread_index() % 4, offset = shared.offsets[thread_index()].weights; // of chunk 0: others at the exclusive or with theirs
     unsigned char *const panel = weights_panel(number);
-    const int offset = panel_offset(token, 0) + 4 * t; // of chunk 0: others are at the exclusive or with theirs
     float top = negative_infinity();
     QKV_UNROLL
     for (int j = 0; j < kRowTiles; j++) {
@@ -209,10 +207,7 @@ template <Format F, class Shape> struct WideDecode {
 
   // o = or += V^T P^T, in the background.
   QKV_DEVICE void start_outputs(uint32_t number, const unsigned char *values, bool adds) {
-    const int thread = reread_thread_index(), g = thread % kWarp / 4, t = thread % 4;
-    // The word of this lane's channels in its first row: chunk 2w + g / 4, word g % 4.
-    const unsigned char *from =
-        values + 2 * t * Shape::kDim + 16 * WideLoader<Shape>::value_chunk(2 * t, 2 * (thread / kWarp) + g / 4) + 4 * (g % 4);
+    const unsigned char *from = values + shared.offsets[thread_index()].values;
     const PanelMatrix weights = matrix_by_columns(weights_panel(number) + 16 * weights_chunk(number), Shape::kTokens * kPanelRow);
     QKV_UNROLL
     for (int step = 0; step < Shape::kTokens / 16; step++) {
@@ -395,6 +390,7 @@ template <Format F, class Shape> struct WideDecode {
   }
 
   QKV_DEVICE void run() {
+    shared.offsets[thread_index()] = WideLoader<Shape>::offsets_of(thread_index());
     if (lane_index() == 0) work.known = 0;
     if (thread_index() == 0) shared.above[0] = shared.above[1] = 0;
     // A plan of an earlier call is not what the kernel before this one writes: there is no need to wait to read it.

@@ -10,7 +10,7 @@ namespace quantkv {
 // lanes a row.
 template <Format F, int Rows> struct WideShape {
   static_assert(is_quantized(F), "codes are widened on their way to the product");
-  static_assert(Rows == 16 || Rows == 32 || Rows == 64, "n of the products");
+  static_assert(Rows == 32 || Rows == 64, "n of the products");
   static constexpr int kRows = Rows, kRowTiles = Rows / 8;
   static constexpr int kDim = 128, kElement = 1, kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr int kPart = 16, kParts = 1, kTokens = kWarps * kPart;
@@ -23,8 +23,8 @@ template <Format F, int Rows> struct WideShape {
   static constexpr int kWeightPanels = Rows <= 32 ? 1 : 2;
 };
 
-// Pieces a warp remembers: the tile attended to and the two ahead may be of three, and two more are known.
-constexpr int kWidePieces = 8;
+// Pieces a warp remembers: the tile attended to and the one ahead may be of two, and two more are known.
+constexpr int kWidePieces = 6;
 // What scores are relative to while no key has been seen: any score is far above it.
 constexpr float kUnseen = -1e38f;
 
@@ -79,6 +79,11 @@ struct WideRow {
   float factor, reference; // of products, to scores in base 2; what weights are relative to
 };
 
+// Where a thread's bytes lie in a tile, worked out once: what it copies, in K and in V, and what it reads or writes of K, V and weights.
+struct WideOffsets {
+  uint16_t to_keys, to_values, keys, values, weights;
+};
+
 template <class Shape> struct WideShared {
   alignas(1024) unsigned char query[2][Shape::kRows * kPanelRow];      // [rows, 64 channels] each, in the order of K's steps
   alignas(1024) unsigned char weights[Shape::kWeightPanels][Shape::kTokens * kPanelRow]; // [tokens, rows]
@@ -94,6 +99,7 @@ template <class Shape> struct WideShared {
   float end_factor[Shape::kRows];
   uint32_t above[2]; // the last tile, of each parity, with scores far above what weights are relative to
   WideWork works[Shape::kWarps];
+  WideOffsets offsets[Shape::kThreads];
 };
 
 // Tiles of a piece; one at least.
@@ -102,9 +108,7 @@ template <class Shape> QKV_DEVICE int32_t wide_tiles(const Piece &piece) {
   return larger_of(1, (parts + Shape::kWarps - 1) / Shape::kWarps);
 }
 
-// A warp's way from the cache to shared memory: its tokens of tile after tile, across pieces, 16 bytes a copy. The chunk c of a row
-// lies where what lanes read together meets all banks: of K, of which a lane has chunks t and t + 4 of token g, at c ^ 4 in odd
-// rows; of V, of which it has a word of tokens 2t + .., see value_chunk().
+// A warp's way from the cache to shared memory: its tokens of tile after tile, across pieces, 16 bytes a copy.
 template <class Shape> struct WideLoader {
   using Tiles = DecodeTiles<Shape>;
   const AttentionParams &params;
@@ -121,6 +125,21 @@ template <class Shape> struct WideLoader {
   // Of a lane: its first row of K, of V; its chunk of them. Every fourth row more is its own.
   static QKV_DEVICE int row_of_lane(int lane) { return lane / 8; }
   static QKV_DEVICE int chunk_of_lane(int lane) { return lane % 8; }
+
+  // Of a thread, where all that it copies and reads in one instruction meets all banks. The chunk c of a row lies at c ^ 4 in odd rows
+  // of K, of which a lane reads chunks t and t + 4 of token g; in V at value_chunk(), as a lane reads the word of channels
+  // 32w + 4g .. of tokens 2t + ..; weights lie as in every panel.
+  static QKV_DEVICE WideOffsets offsets_of(int thread) {
+    const int lane = thread % kWarp, warp = thread / kWarp, g = lane / 4, t = lane % 4, row = row_of_lane(lane), chunk = chunk_of_lane(lane);
+    const int part = warp * Shape::kPart;
+    WideOffsets offsets;
+    offsets.to_keys = static_cast<uint16_t>((part + row) * Shape::kDim + 16 * key_chunk(row, chunk));
+    offsets.to_values = static_cast<uint16_t>((part + row) * Shape::kDim + 16 * value_chunk(row, chunk));
+    offsets.keys = static_cast<uint16_t>((part + g) * Shape::kDim + 16 * key_chunk(g, t));
+    offsets.values = static_cast<uint16_t>(2 * t * Shape::kDim + 16 * value_chunk(2 * t, 2 * warp + g / 4) + 4 * (g % 4));
+    offsets.weights = static_cast<uint16_t>(panel_offset(part + g, 0) + 4 * t);
+    return offsets;
+  }
 
   // The work has its first piece, if there is one.
   QKV_DEVICE void start() const {
@@ -207,14 +226,12 @@ template <class Shape> struct WideLoader {
     const bool halved = is_halved(params);
     const int32_t batch = halved ? kWarp / 2 : kWarp;
     if (cursor.in_batch == batch) begin_batch(cursor, batch);
-    const int thread = reread_thread_index(), lane = thread % kWarp, warp = thread / kWarp;
-    const int row = row_of_lane(lane), chunk = chunk_of_lane(lane), v_at = 16 * value_chunk(row, chunk);
-    const int v_flip = (v_at ^ 64) - v_at; // two rows on, chunks are swapped by fours
+    const int lane = lane_index(), to_values = shared.offsets[thread_index()].to_values;
+    const int v_flip = (to_values ^ 64) - to_values; // two rows on, chunks are swapped by fours
     const quantkv_half &k = params.op.cache.k, &v = params.op.cache.v;
     const Words<2> inside = work.rows[lane];
-    unsigned char *const k_to = shared.keys[warp] + row * Shape::kDim + 16 * key_chunk(row, chunk);
-    unsigned char *const v_to =
-        shared.values[cursor.number % Shape::kValueSlots] + (warp * Shape::kPart + row) * Shape::kDim + v_at;
+    unsigned char *const k_to = shared.keys[0] + shared.offsets[thread_index()].to_keys;
+    unsigned char *const v_to = shared.values[cursor.number % Shape::kValueSlots] + to_values;
 
     const int32_t block = work.blocks[cursor.in_batch];
     const bool is_first = cursor.is_first != 0, is_last = cursor.left == 1;

@@ -1,9 +1,10 @@
 // paged_attention: which kernels take a call, where its plan and partial states lie, launches.
 //
 //   f32 activations, sm_75, odd shapes     portable kernel for everything
-//   else                                   decode kernel for sequences of at most 8 or 16 query rows a KV head,
-//                                          prefill kernel for the others, on sm_90 its own where that can; or one of
-//                                          them if it is all there is
+//   else                                   decode kernel for sequences of at most 8 or 16 query rows a KV head;
+//                                          for the others, on sm_90, the wide decode kernel if none has more than 64,
+//                                          which may take all; or the prefill kernel, on sm_90 its own where that can;
+//                                          or one of them if it is all there is
 #pragma once
 #include "../core/check.h"
 #include "../ops/paged_attention_merge.h"
@@ -169,7 +170,7 @@ size_t workspace_bound(const quantkv_paged_attention &op, const Device &device) 
   const size_t hopper = bytes(kPrefillHopperShape);
   size_t many = prefill > hopper ? prefill : hopper;
   if (device.compute_capability == 90) {
-    const size_t wide = bytes(decode_wide_shape_of<64>(), true);
+    const size_t wide = bytes(kDecodeWideShape<64>, true);
     many = wide > many ? wide : many;
   }
   tensor_core += many;

@@ -1,4 +1,5 @@
-//! Calls of `paged_attention` for tests/parity_attention.rs: what is random of one, and the tensors that follow from it.
+//! Calls of `paged_attention` for tests: what is random of one, and the tensors that follow from it.
+#![allow(dead_code)] // each test uses a part
 
 use std::collections::HashSet;
 
