@@ -8,17 +8,18 @@
 
 use std::arch::x86_64::*;
 
-use super::kernels;
-use super::kernels::{Ahead, Decode, Kernels, Pv, Qk, Softmax};
+use super::kernels::{Ahead, Decode, Direct, Kernels, Pv, Qk, Softmax};
 use super::simd::{Simd, copy_tail};
+use super::{avx2_e4m3, kernels};
 use crate::codec::Codec;
 use crate::format::KvFormat;
 
 /// The kernels for elements of format `F`.
 pub(super) fn kernels<F: Codec>() -> Kernels {
+    let e4m3 = matches!(F::FORMAT, KvFormat::Fp8E4M3 | KvFormat::Fp8E4M3Fnuz);
     Kernels {
-        qk: qk::<F>,
-        pv: pv::<F>,
+        qk: if e4m3 { avx2_e4m3::qk::<F> } else { qk::<F> },
+        pv: if e4m3 { avx2_e4m3::pv::<F> } else { pv::<F> },
         decode: decode::<F>,
         softmax,
         prefetch,
@@ -37,8 +38,8 @@ macro_rules! with_features {
 }
 
 with_features! {
-    unsafe fn qk<F: Codec>(a: &Qk<'_>) = kernels::qk::<Avx2, F, 8, 4, 2, 1>(a);
-    unsafe fn pv<F: Codec>(a: &Pv<'_>) = kernels::pv::<Avx2, F>(a);
+    unsafe fn qk<F: Codec>(a: &Qk<'_>) = kernels::qk::<Direct<Avx2, F>, 8, 4, 2, 1>(a);
+    unsafe fn pv<F: Codec>(a: &Pv<'_>) = kernels::pv::<Direct<Avx2, F>>(a);
     unsafe fn decode<F: Codec>(a: &Decode<'_>) = kernels::decode::<Avx2, F>(a);
     unsafe fn prefetch(a: &Ahead<'_>, tokens: usize) = kernels::prefetch::<Avx2>(a, tokens);
     unsafe fn softmax(a: &Softmax) -> (f32, f32) = kernels::softmax::<Avx2>(a);
@@ -169,4 +170,10 @@ impl Simd for Avx2 {
             _ => 1.0,
         }
     }
+}
+
+/// The kernels that decode between the products, whatever `kernels` gives.
+#[cfg(test)]
+pub(super) fn direct<F: Codec>() -> Kernels {
+    Kernels { qk: qk::<F>, pv: pv::<F>, ..kernels::<F>() }
 }

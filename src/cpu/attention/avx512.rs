@@ -14,7 +14,7 @@
 
 use std::arch::x86_64::*;
 
-use super::kernels::{Ahead, Decode, Kernels, Pv, Qk, Softmax};
+use super::kernels::{Ahead, Decode, Direct, Kernels, Pv, Qk, Softmax};
 use super::{kernels, simd::Simd};
 use crate::codec::{Codec, e4m3, e4m3fnuz, e5m2};
 use crate::format::KvFormat;
@@ -42,8 +42,8 @@ macro_rules! with_features {
 }
 
 with_features! {
-    unsafe fn qk<F: Codec>(a: &Qk<'_>) = kernels::qk::<Avx512, F, 16, 8, 4, 2>(a);
-    unsafe fn pv<F: Codec>(a: &Pv<'_>) = kernels::pv::<Avx512, F>(a);
+    unsafe fn qk<F: Codec>(a: &Qk<'_>) = kernels::qk::<Direct<Avx512, F>, 16, 8, 4, 2>(a);
+    unsafe fn pv<F: Codec>(a: &Pv<'_>) = kernels::pv::<Direct<Avx512, F>>(a);
     unsafe fn decode<F: Codec>(a: &Decode<'_>) = kernels::decode::<Avx512, F>(a);
     unsafe fn prefetch(a: &Ahead<'_>, tokens: usize) = kernels::prefetch::<Avx512>(a, tokens);
     unsafe fn softmax(a: &Softmax) -> (f32, f32) = kernels::softmax::<Avx512>(a);

@@ -14,6 +14,8 @@
 //! `qk` ends each group of dot products with one transposing reduction that leaves `LANES` sums in
 //! one vector: horizontal sums one by one would cost more than the products.
 
+use std::marker::PhantomData;
+
 use super::simd::{LOG2_E, Simd, exp2, tanh};
 use crate::codec::{Codec, with_codec};
 use crate::format::KvFormat;
@@ -134,20 +136,50 @@ pub(super) const fn padded_rows(rows: usize) -> usize {
     rows - rest + if rest > 4 { 8 } else { rest.next_power_of_two() * (rest > 0) as usize }
 }
 
+/// How a block of `R` query rows is multiplied with the rows of a tile.
+///
+/// # Safety
+/// As [`Simd`]; rows `row..row + R` of the arguments exist, for `qk_rows` padded.
+pub(super) trait Products {
+    /// Channels of a whole `pv_unit`.
+    const UNIT: usize;
+    /// `qk` of rows `row..row + R`, `T` tokens at a time. Returns `R`.
+    unsafe fn qk_rows<const R: usize, const T: usize>(a: &Qk<'_>, row: usize) -> usize;
+    /// `pv` of rows `row..row + R`, which see the same positions, and channels `d..d + n`.
+    unsafe fn pv_unit<const R: usize>(a: &Pv<'_>, row: usize, d: usize, n: usize);
+}
+
+/// Products that decode elements as they go.
+pub(super) struct Direct<S, F>(PhantomData<(S, F)>);
+
+impl<S: Simd, F: Codec> Products for Direct<S, F> {
+    const UNIT: usize = S::UNIT;
+
+    #[inline(always)]
+    unsafe fn qk_rows<const R: usize, const T: usize>(a: &Qk<'_>, row: usize) -> usize {
+        // SAFETY: the caller's promises.
+        unsafe { qk_rows::<S, F, R, T>(a, row) }
+    }
+
+    #[inline(always)]
+    unsafe fn pv_unit<const R: usize>(a: &Pv<'_>, row: usize, d: usize, n: usize) {
+        // SAFETY: the caller's promises.
+        unsafe { pv_unit::<S, F, R>(a, row, d, n) }
+    }
+}
+
 /// `qk`, see the module. `T1..T8` are `LANES` divided by 1, 2, 4 and 8 rows.
 #[inline(always)]
-pub(super) unsafe fn qk<S: Simd, F: Codec, const T1: usize, const T2: usize, const T4: usize, const T8: usize>(
-    a: &Qk<'_>,
-) {
+pub(super) unsafe fn qk<P: Products, const T1: usize, const T2: usize, const T4: usize, const T8: usize>(a: &Qk<'_>) {
     let mut row = 0;
     while row < a.rows {
         // SAFETY: the caller's promises; row + R stays within the padded rows.
         row += unsafe {
             match a.rows - row {
-                1 => qk_rows::<S, F, 1, T1>(a, row),
-                2 => qk_rows::<S, F, 2, T2>(a, row),
-                3 | 4 => qk_rows::<S, F, 4, T4>(a, row),
-                _ => qk_rows::<S, F, 8, T8>(a, row),
+                1 => P::qk_rows::<1, T1>(a, row),
+                2 => P::qk_rows::<2, T2>(a, row),
+                3 | 4 => P::qk_rows::<4, T4>(a, row),
+                _ => P::qk_rows::<8, T8>(a, row),
             }
         };
     }
@@ -174,15 +206,24 @@ unsafe fn qk_rows<S: Simd, F: Codec, const R: usize, const T: usize>(a: &Qk<'_>,
                     _ => qk_tokens::<S, F, R, T, 2>(a, q, t0, t, &mut acc),
                 }
             }
-            let mut sums = [0.0f32; 16];
-            S::store(sums.as_mut_ptr(), S::sum_each(&acc));
-            for r in 0..R {
-                std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * T), scores.add(r * TILE + t0), T);
-            }
+            store_sums::<S, R, T>(&acc, scores.add(t0));
             t0 += T;
         }
     }
     R
+}
+
+/// The sums of `acc[r*T + t]` to `scores[r][t]`.
+#[inline(always)]
+pub(super) unsafe fn store_sums<S: Simd, const R: usize, const T: usize>(acc: &[S::V; 16], scores: *mut f32) {
+    let mut sums = [0.0f32; 16];
+    // SAFETY: LANES <= 16 sums; the caller vouches for `R` rows of TILE scores, of which `T` are written.
+    unsafe {
+        S::store(sums.as_mut_ptr(), S::sum_each(acc));
+        for r in 0..R {
+            std::ptr::copy_nonoverlapping(sums.as_ptr().add(r * T), scores.add(r * TILE), T);
+        }
+    }
 }
 
 /// The products of `P` tokens, all of them in registers, so that each query vector loaded serves `P`
@@ -258,7 +299,7 @@ unsafe fn qk_unit<S: Simd, F: Codec, const R: usize, const P: usize>(
 }
 
 #[inline(always)]
-unsafe fn prefetch_row<S: Simd>(row: *const u8, bytes: usize) {
+pub(super) unsafe fn prefetch_row<S: Simd>(row: *const u8, bytes: usize) {
     let mut line = 0;
     while line < bytes {
         // SAFETY: a prefetch may name any address.
@@ -269,7 +310,7 @@ unsafe fn prefetch_row<S: Simd>(row: *const u8, bytes: usize) {
 
 /// `pv`, see the module.
 #[inline(always)]
-pub(super) unsafe fn pv<S: Simd, F: Codec>(a: &Pv<'_>) {
+pub(super) unsafe fn pv<P: Products>(a: &Pv<'_>) {
     let mut row = 0;
     while row < a.rows {
         let end = a.rows.min(row + 4);
@@ -277,27 +318,27 @@ pub(super) unsafe fn pv<S: Simd, F: Codec>(a: &Pv<'_>) {
         // SAFETY: the caller's promises; row + R <= rows.
         row += unsafe {
             match end - row {
-                1 => pv_rows::<S, F, 1>(a, row),
-                _ if !together => pv_rows::<S, F, 1>(a, row),
-                2 => pv_rows::<S, F, 2>(a, row),
-                3 => pv_rows::<S, F, 3>(a, row),
-                _ => pv_rows::<S, F, 4>(a, row),
+                1 => pv_rows::<P, 1>(a, row),
+                _ if !together => pv_rows::<P, 1>(a, row),
+                2 => pv_rows::<P, 2>(a, row),
+                3 => pv_rows::<P, 3>(a, row),
+                _ => pv_rows::<P, 4>(a, row),
             }
         };
     }
 }
 
 #[inline(always)]
-unsafe fn pv_rows<S: Simd, F: Codec, const R: usize>(a: &Pv<'_>, row: usize) -> usize {
+unsafe fn pv_rows<P: Products, const R: usize>(a: &Pv<'_>, row: usize) -> usize {
     // SAFETY: rows row..row+R of `p`, `alpha` and `acc` exist, `acc` rows are PAD-padded.
     unsafe {
         let mut d = 0;
-        while d + S::UNIT <= a.dim {
-            pv_unit::<S, F, R>(a, row, d, S::UNIT);
-            d += S::UNIT;
+        while d + P::UNIT <= a.dim {
+            P::pv_unit::<R>(a, row, d, P::UNIT);
+            d += P::UNIT;
         }
         if d < a.dim {
-            pv_unit::<S, F, R>(a, row, d, a.dim - d);
+            P::pv_unit::<R>(a, row, d, a.dim - d);
         }
     }
     R
@@ -390,11 +431,13 @@ pub(super) unsafe fn softmax<S: Simd>(a: &Softmax) -> (f32, f32) {
         }
         mask(std::slice::from_raw_parts_mut(scores, TILE), a.visible, a.bad);
 
-        let mut max = S::splat(a.max);
-        for i in (0..TILE).step_by(S::LANES) {
-            max = S::max(S::load(scores.add(i)), max);
+        // Two chains of half the length. NaN is the first operand, and so ignored.
+        let mut max = [S::splat(a.max); 2];
+        for i in (0..TILE).step_by(2 * S::LANES) {
+            max[0] = S::max(S::load(scores.add(i)), max[0]);
+            max[1] = S::max(S::load(scores.add(i + S::LANES)), max[1]);
         }
-        let max = S::largest(max);
+        let max = S::largest(S::max(max[0], max[1]));
         // Nothing visible yet: any finite reference gives probabilities of zero.
         let reference = S::splat(if max == f32::NEG_INFINITY { 0.0 } else { max });
 

@@ -22,6 +22,8 @@ mod tests;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
+mod avx2_e4m3;
+#[cfg(target_arch = "x86_64")]
 mod avx512;
 
 pub(super) use plan::workspace_len;

@@ -5,7 +5,7 @@
 //! the fields are shifted into place and rebiased; subnormals are their mantissa as an integer
 //! times the format's smallest value.
 
-use super::kernels::{self, Ahead, Decode, Kernels, Pv, Qk, Softmax};
+use super::kernels::{self, Ahead, Decode, Direct, Kernels, Pv, Qk, Softmax};
 use super::simd::{Simd, copy_tail};
 use crate::codec::Codec;
 use crate::format::KvFormat;
@@ -17,11 +17,11 @@ pub(super) fn kernels<F: Codec>() -> Kernels {
 
 unsafe fn qk<F: Codec>(a: &Qk<'_>) {
     // SAFETY: the caller's promises.
-    unsafe { kernels::qk::<Portable, F, 8, 4, 2, 1>(a) }
+    unsafe { kernels::qk::<Direct<Portable, F>, 8, 4, 2, 1>(a) }
 }
 unsafe fn pv<F: Codec>(a: &Pv<'_>) {
     // SAFETY: the caller's promises.
-    unsafe { kernels::pv::<Portable, F>(a) }
+    unsafe { kernels::pv::<Direct<Portable, F>>(a) }
 }
 unsafe fn decode<F: Codec>(a: &Decode<'_>) {
     // SAFETY: the caller's promises.

@@ -148,3 +148,65 @@ fn portable_agrees_with_the_specification() {
         }
     }
 }
+
+/// Where AVX2 converts E4M3 ahead of the products, the bits are those of decoding between them, with NaN
+/// codes among the rows and without.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn converting_ahead_equals_decoding_between() {
+    use super::kernels::{Ahead, Pv, Qk, Rows, padded_rows};
+
+    if !Isa::Avx2.is_available() {
+        return;
+    }
+    let formats = [
+        (Kernels::of(Isa::Avx2, KvFormat::Fp8E4M3), super::avx2::direct::<crate::codec::E4M3>(), 0xffu8),
+        (Kernels::of(Isa::Avx2, KvFormat::Fp8E4M3Fnuz), super::avx2::direct::<crate::codec::E4M3Fnuz>(), 0x80),
+    ];
+    for (kernels, direct, nan) in formats {
+        for dim in [16, 40, 64, 80, 128, 512] {
+            for (rows, visible) in
+                [(1, (0, TILE)), (2, (3, 60)), (3, (7, 7)), (4, (0, 5)), (4, (1, TILE)), (8, (0, TILE))]
+            {
+                for nans in [0, 1, 3] {
+                    let mut codes: Vec<u8> = (0..TILE * dim).map(|i| ((i * 2654435761) >> 9) as u8).collect();
+                    codes.iter_mut().filter(|code| **code | 0x80 == nan | 0x80).for_each(|code| *code = 1);
+                    for i in 0..nans {
+                        codes[(i + 1) * 7919 % (TILE * dim)] = nan;
+                    }
+                    let tile: Rows = std::array::from_fn(|t| codes[t * dim..].as_ptr());
+                    let ahead = Ahead { rows: &tile, bytes: dim };
+                    let float = |i: usize| (i * 37 % 61) as f32 / 61.0 - 0.5;
+                    let q: Vec<f32> = (0..8 * 512).map(|i| if i % 512 < dim { float(i) } else { 0.0 }).collect();
+                    let p: Vec<f32> = (0..8 * TILE).map(float).collect();
+                    let run = |kernels: &Kernels| {
+                        let (mut scores, mut acc) = (vec![0.0; 8 * TILE], vec![0.25; 8 * 512]);
+                        let (q, scores_out) = (q.as_ptr(), scores.as_mut_ptr());
+                        let (keys, values) = (&tile, &tile);
+                        let qk = Qk { q, q_stride: 512, rows, keys, tokens: TILE, dim, ahead, scores: scores_out };
+                        let pv = Pv {
+                            p: p.as_ptr(),
+                            rows,
+                            values,
+                            visible: &vec![visible; rows],
+                            dim,
+                            ahead,
+                            alpha: &[0.75; 8],
+                            acc: acc.as_mut_ptr(),
+                            acc_stride: 512,
+                        };
+                        // SAFETY: the machine has AVX2; TILE rows of `dim` codes, 8 rows of everything else.
+                        unsafe {
+                            (kernels.qk)(&qk);
+                            (kernels.pv)(&pv);
+                        }
+                        scores.truncate(rows * TILE);
+                        scores.into_iter().chain(acc).map(|x: f32| if x.is_nan() { None } else { Some(x.to_bits()) })
+                    };
+                    assert!(padded_rows(rows) <= 8);
+                    assert!(run(&kernels).eq(run(&direct)), "dim {dim}, {rows} rows, {visible:?}, {nans} NaN");
+                }
+            }
+        }
+    }
+}

@@ -229,11 +229,15 @@ pub(super) fn attend(ctx: &Context<'_>, spans: &[Span], scratches: &mut [Scratch
                 Some(next) => find(ctx, next, start, first, end),
                 None => next_tile,
             };
+            let slice;
             let ahead = match by_token {
-                true => tile_slice(ctx, &next_tile, i, spans.len()),
-                false => Pair { k: next.k, v: found.v },
+                true => {
+                    slice = tile_slice(ctx, &next_tile, i, spans.len());
+                    Pair { k: &slice.k, v: &slice.v }
+                }
+                false => Pair { k: &next.k, v: &found.v },
             };
-            attend_tile(ctx, &spans[i], &found, &ahead, scratch);
+            attend_tile(ctx, &spans[i], &found, ahead, scratch);
             found = next;
         }
         start += TILE;
@@ -271,7 +275,7 @@ fn row_bytes(ctx: &Context<'_>, half: Half) -> usize {
 
 /// Adds one tile to the states of one KV head's rows, and prefetches the rows of `ahead`: V while K is
 /// read, K while V is.
-fn attend_tile(ctx: &Context<'_>, span: &Span, found: &Found, ahead: &Pair<Rows>, scratch: &mut Scratch) {
+fn attend_tile(ctx: &Context<'_>, span: &Span, found: &Found, ahead: Pair<&Rows>, scratch: &mut Scratch) {
     let spec = &ctx.shape.spec;
     let rows = span.num_queries * ctx.group_size;
     let (mut max, mut sum) = (std::mem::take(&mut scratch.max), std::mem::take(&mut scratch.sum));
@@ -296,7 +300,7 @@ fn attend_tile(ctx: &Context<'_>, span: &Span, found: &Found, ahead: &Pair<Rows>
         kernels = ctx.decoded;
     }
     let (q, p) = (q.as_ptr(), scores.as_mut_ptr());
-    let values_ahead = Ahead { rows: &ahead.v, bytes: row_bytes(ctx, Half::V) };
+    let values_ahead = Ahead { rows: ahead.v, bytes: row_bytes(ctx, Half::V) };
     let qk = Qk { q, q_stride, rows, keys: &keys, tokens: len, dim: spec.k_head_dim, ahead: values_ahead, scores: p };
     // SAFETY: `q` and `scores` have padded rows; every pointer of `keys` is a row of the cache,
     // of scratch or of ZEROS, each at least `dim` elements long; see `find`.
@@ -344,7 +348,7 @@ fn attend_tile(ctx: &Context<'_>, span: &Span, found: &Found, ahead: &Pair<Rows>
         values: &values,
         visible: &visible,
         dim: spec.v_head_dim,
-        ahead: Ahead { rows: &ahead.k, bytes: row_bytes(ctx, Half::K) },
+        ahead: Ahead { rows: ahead.k, bytes: row_bytes(ctx, Half::K) },
         alpha: &alpha,
         acc: acc.as_mut_ptr(),
         acc_stride,
@@ -364,11 +368,13 @@ pub(super) fn rescale(old: f32, new: f32) -> f32 {
 fn for_each_run(ctx: &Context<'_>, span: &Span, start: usize, len: usize, mut f: impl FnMut(usize, i32, usize, usize)) {
     let block_size = ctx.shape.spec.block_size;
     let table = &ctx.block_tables[span.seq * ctx.block_table_stride..][..ctx.block_table_stride];
+    // One division, not two a run: they would take longer than the rest of a short run.
+    let (mut logical, mut slot) = (start / block_size, start % block_size);
     let mut done = 0;
     while done < len {
-        let (logical, slot) = ((start + done) / block_size, (start + done) % block_size);
         let run = (block_size - slot).min(len - done);
         f(done, table[logical], slot, run);
+        (logical, slot) = (logical + 1, 0);
         done += run;
     }
 }
@@ -397,9 +403,11 @@ fn find(ctx: &Context<'_>, span: &Span, start: usize, first: usize, end: usize) 
             Some(block) => {
                 let k = k.wrapping_add((block * k_map.block_stride + slot * k_map.slot_stride) * k_bytes);
                 let v = v.wrapping_add((block * v_map.block_stride + slot * v_map.slot_stride) * v_bytes);
-                for i in 0..run {
-                    found.k[at + i] = k.wrapping_add(i * k_map.slot_stride * k_bytes);
-                    found.v[at + i] = v.wrapping_add(i * v_map.slot_stride * v_bytes);
+                for (i, row) in found.k[at..at + run].iter_mut().enumerate() {
+                    *row = k.wrapping_add(i * k_map.slot_stride * k_bytes);
+                }
+                for (i, row) in found.v[at..at + run].iter_mut().enumerate() {
+                    *row = v.wrapping_add(i * v_map.slot_stride * v_bytes);
                 }
             }
             None => {
