@@ -133,6 +133,16 @@ fn pieces_of_all_kinds() {
     }
 }
 
+/// More tiles in a piece than a warp looks up blocks for at a time: 32, or 16 of blocks of 8 slots.
+#[test]
+fn batches_of_blocks() {
+    for (block_size, length) in [(16, 2300), (8, 1300)] {
+        let sequences = vec![(length, 3)];
+        let geometry = geometry(CacheLayout::Hnd, 16, block_size, &sequences);
+        check_all(&build(&wide(geometry, 6, sequences)), (block_size, length));
+    }
+}
+
 /// All lengths in one call, and pairs enough for devices of more than a hundred multiprocessors.
 #[test]
 fn lengths_of_all_kinds() {
