@@ -301,23 +301,30 @@ fn share_plans<T: Element>(cuda: &CudaBackend) {
 #[test]
 fn a_call_leaves_its_plan_as_it_was() {
     let cuda = &*cuda_or_skip!();
+    // One query, and 32 query rows a KV head, for which sm_90 has another kernel.
+    leaves_its_plan_as_it_was(cuda, (KV_HEADS, HEADS), DIM, 1);
+    leaves_its_plan_as_it_was(cuda, (3, 24), 128, 4);
+}
+
+fn leaves_its_plan_as_it_was(cuda: &CudaBackend, (kv_heads, heads): (usize, usize), dim: usize, queries_each: usize) {
     const LENS: [i32; 3] = [1024, 300, 2000];
-    let shape = CacheSpec::new(KV_HEADS, DIM, 16, KvFormat::Fp8E4M3).unwrap().shape(BLOCKS).unwrap();
+    let shape = CacheSpec::new(kv_heads, dim, 16, KvFormat::Fp8E4M3).unwrap().shape(BLOCKS).unwrap();
     let mut rng = Rng::new(8);
     let mut codes = |half| -> Vec<u8> { (0..shape.buffer_bytes(half)).map(|_| rng.bits() as u8 & 0xbf).collect() };
     let (k, v) = (upload(cuda, &codes(Half::K)), upload(cuda, &codes(Half::V)));
     let stride = 2048 / 16;
     let tables: Vec<i32> = (0..LENS.len() * stride).map(|_| rng.below(BLOCKS) as i32).collect();
     let (tables, lens, scale) = (upload(cuda, &tables), upload(cuda, &LENS), upload(cuda, &[0.05]));
-    let starts = upload(cuda, &[0, 1, 2, 3]);
-    let floats = cuda.attention_workspace_len(&shape, HEADS, LENS.len());
+    let num_tokens = LENS.len() * queries_each;
+    let starts = upload(cuda, &[0, 1, 2, 3].map(|i| i * queries_each as i32));
+    let floats = cuda.attention_workspace_len(&shape, heads, num_tokens);
     let mut workspace = upload(cuda, &vec![f32::NAN; floats]);
     let queries: [CudaBuffer<bf16>; 2] = std::array::from_fn(|_| {
-        upload(cuda, &(0..LENS.len() * HEADS * DIM).map(|_| bf16::from_f32(rng.normal())).collect::<Vec<_>>())
+        upload(cuda, &(0..num_tokens * heads * dim).map(|_| bf16::from_f32(rng.normal())).collect::<Vec<_>>())
     });
     let call = |query: &CudaBuffer<bf16>, workspace: &mut CudaBuffer<f32>, plan_is_ready| {
-        let mut output = upload(cuda, &vec![bf16::from_f32(-1000.0); LENS.len() * HEADS * DIM]);
-        let rows = RowStrides::contiguous(HEADS, DIM);
+        let mut output = upload(cuda, &vec![bf16::from_f32(-1000.0); num_tokens * heads * dim]);
+        let rows = RowStrides::contiguous(heads, dim);
         let scale = || ScaleRef { values: scale.view(), strides: ScaleStrides::default() };
         cuda.paged_attention::<bf16>(PagedAttention {
             shape,
@@ -325,9 +332,9 @@ fn a_call_leaves_its_plan_as_it_was() {
             k_scale: scale(),
             v_scale: scale(),
             params: AttentionParams::new(0.125),
-            num_heads: HEADS,
-            num_tokens: LENS.len(),
-            max_query_len: Some(1),
+            num_heads: heads,
+            num_tokens,
+            max_query_len: Some(queries_each),
             query: query.view(),
             query_strides: rows,
             query_starts: starts.view(),
@@ -357,7 +364,7 @@ fn a_call_leaves_its_plan_as_it_was() {
     // A worker that has lost its share (a WorkerStart without units: csrc/ops/paged_attention.h) is waited for in vain.
     // That ends, and shows.
     let mut words = first[0].1.clone();
-    let groups = (LENS.len() * 32).next_multiple_of(256) / 4;
+    let groups = (num_tokens * 32).next_multiple_of(256) / 4;
     let start_of = |worker: usize| groups + 8 * worker;
     let lost = (0..16).find(|&w| words[start_of(w)] > 0 && words[start_of(w) + 5] as i32 >= 0).expect("a second piece");
     words[start_of(lost)] = 0;

@@ -86,7 +86,8 @@ pub struct PagedAttention<'a, M: Memory, T: Element> {
     /// Query rows in the batch.
     pub num_tokens: usize,
     /// The most queries of any sequence, if known (0 is taken for 1). Decode (1) and speculative decoding (2 to 16) then cost a GPU one
-    /// kernel, where it would launch one more for the sequences with many queries that may be there.
+    /// kernel, where it would launch one more for the sequences with many queries that may be there; and sm_90 has a kernel for 17 to
+    /// 64 query rows a KV head that is only taken where none can have more.
     pub max_query_len: Option<usize>,
     /// Queries, `[tokens, heads, k_head_dim]`.
     pub query: M::Ref<'a, T>,
