@@ -148,7 +148,10 @@ kernels() {
         has() { grep -qE " $1" <<<"$sass" || { echo "sm_$arch has no $1: $2"; status=1; }; }
         case $arch in
             75) ;;
-            90*) has 'HGMMA\.64x128x16\.F32$' 'products of warpgroups' ;;&
+            90*)
+                has 'HGMMA\.64x128x16\.F32$' 'products of warpgroups'
+                has 'HGMMA\.64x32x16\.F32$' 'those of the wide decode kernel'
+                ;;&
             *) has 'HMMA\.16816\.F32(\.BF16)?$' 'products by tensor cores' ;;
         esac
         case $arch in

@@ -182,8 +182,8 @@ template <class Shape> struct WideLoader {
     copy_async_commit();
   }
 
-  // The same where some rows are not there, which become zeros, or where blocks are of 8 slots.
-  QKV_DEVICE void copy_some(const quantkv_half &half, uint32_t inside, const WideCursor &cursor, const int32_t (&blocks)[2], PartHalves halves,
+  // The same where some rows are not there, which become zeros, or where blocks are of 8 slots: `low` and `high` of tokens 0-7 and 8-15.
+  QKV_DEVICE void copy_some(const quantkv_half &half, uint32_t inside, const WideCursor &cursor, int32_t low, int32_t high, PartHalves halves,
                             unsigned char *to, int flip) const {
     const Piece &piece = work.pieces[cursor.piece % kWidePieces];
     const int32_t mask = (1 << params.paging.block_shift) - 1;
@@ -191,7 +191,7 @@ template <class Shape> struct WideLoader {
     for (int i = 0; i < 4; i++) {
       const int32_t row = row_of_lane(forget(lane_index())) + 4 * i, slot = (cursor.position + 4 * i) & mask;
       const unsigned char *from = static_cast<const unsigned char *>(half.codes) + inside + Tiles::bytes(slot * half.map.slot_stride) +
-                                  static_cast<uint64_t>(larger_of(blocks[i / 2], 0)) * Tiles::bytes(half.map.block_stride);
+                                  static_cast<uint64_t>(larger_of(i < 2 ? low : high, 0)) * Tiles::bytes(half.map.block_stride);
       copy_async_16(to + 4 * i * Shape::kDim + (i % 2 == 0 ? 0 : flip), from, halves.has(piece, cursor.position, row));
     }
     copy_async_commit();
@@ -247,15 +247,11 @@ template <class Shape> struct WideLoader {
       copy(first(k, inside.w[0]), 4 * Tiles::bytes(k.map.slot_stride), k_to, 0);
       copy(first(v, inside.w[1]), 4 * Tiles::bytes(v.map.slot_stride), v_to, v_flip);
     } else {
-      int32_t blocks[2] = {block, block};
-      if (halved) {
-        QKV_UNROLL
-        for (int i = 0; i < 2; i++) blocks[i] = work.blocks[2 * cursor.in_batch + i];
-      }
-      tile.halves = {(blocks[0] >= 0 ? 1 : 0) | (blocks[1] >= 0 ? 2 : 0)};
+      const int32_t low = halved ? work.blocks[2 * cursor.in_batch] : block, high = halved ? work.blocks[2 * cursor.in_batch + 1] : block;
+      tile.halves = {(low >= 0 ? 1 : 0) | (high >= 0 ? 2 : 0)};
       if (is_seen && tile.halves.both()) tile.flags |= WideTile::kSeen;
-      copy_some(k, inside.w[0], cursor, blocks, tile.halves, k_to, 0);
-      copy_some(v, inside.w[1], cursor, blocks, tile.halves, v_to, v_flip);
+      copy_some(k, inside.w[0], cursor, low, high, tile.halves, k_to, 0);
+      copy_some(v, inside.w[1], cursor, low, high, tile.halves, v_to, v_flip);
     }
     if (lane == 0) work.tiles[cursor.number % 4] = tile;
     if (is_first) look_ahead(cursor.piece);
