@@ -9,7 +9,7 @@
 // 16-byte chunk c of row r lies at c ^ (r % 8), so that the same chunk of eight rows meets all banks.
 //   by rows      A and B^T lie in panels with k along the row: 16 of k are 32 bytes of each row. A step in k of 16 is
 //                32 bytes on, and after 64 the next panel begins.
-//   by columns   B lies in panels with n along the row; 64 of n a panel. A step in k of 16 is 16 rows on.
+//   by columns   B lies in panels with n along the row; 64 of n a panel, of which 32 may be the second half. A step in k of 16 is 16 rows on.
 #pragma once
 #include "prim.h"
 

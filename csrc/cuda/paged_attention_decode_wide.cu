@@ -9,7 +9,7 @@ template <Format F, int Rows> int launch_of(const AttentionParams &params, const
   using Shape = WideShape<F, Rows>;
   static_assert(Shape::kBlocks == kDecodeWideBlocks<Rows> && Shape::kTokens == kDecodeWideTile, "the kernel's");
   return QKV_LAUNCH_IN_ORDER((paged_attention_decode_wide<F, Rows>), (Grid{list.workers, 1, 1}), Shape::kThreads,
-                               sizeof(WideShared<Shape>), stream, params, list);
+                             sizeof(WideShared<Shape>), stream, params, list);
 }
 
 template <Format F> int launch_format(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {

@@ -294,7 +294,7 @@ template <Format F, class Shape> struct WideDecode {
     }
   }
 
-  // Then merges them, a warp a row at a time.
+  // Then merges them, a warp two rows at a time.
   QKV_DEVICE void merge(const Piece &piece) const {
     sync_threads();
     const int thread = reread_thread_index(), lane = thread % kWarp;

@@ -6,16 +6,13 @@
 
 namespace quantkv {
 
-// Format F of K and V; query rows a block holds. Of DecodeTiles' terms a warp has a part of 16 tokens in each tile of 64, eight
-// lanes a row.
+// Format F of K and V; query rows a block holds. In DecodeTiles' terms a warp has a part of 16 tokens in each tile of 64.
 template <Format F, int Rows> struct WideShape {
   static_assert(is_quantized(F), "codes are widened on their way to the product");
   static_assert(Rows == 32 || Rows == 64, "n of the products");
   static constexpr int kRows = Rows, kRowTiles = Rows / 8;
   static constexpr int kDim = 128, kElement = 1, kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr int kPart = 16, kParts = 1, kTokens = kWarps * kPart;
-  static constexpr int kWidthK = 16, kWidthV = 16;
-  static constexpr bool kWholeLines = true;
   static constexpr int kBlocks = Rows <= 32 ? 4 : 2; // of a multiprocessor
   static constexpr int kValueSlots = 3;
   static constexpr int kMostPieces = 15; // that are merged in one step, as in DecodeShape

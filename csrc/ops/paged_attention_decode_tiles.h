@@ -217,9 +217,9 @@ template <int Width, int Words, int Lanes> QKV_DEVICE void load_row(uint32_t (&o
   }
 }
 
-// Where a lane's rows of a part of a tile lie. No load waits for a decision: rows the piece does not have are read from where they
-// would be, or from block 0, and made harmless when they are used.
-template <class Shape> struct PartPlace {
+// A part of a tile on its way to a lane's registers. No load waits for a decision: rows the piece does not have are read from
+// where they would be, or from block 0, and made harmless when they are used.
+template <class Shape> struct PartLoader {
   int32_t low, high;        // blocks of tokens 0-7 and 8-15; negative: not in the cache
   uint32_t slot, slot_high; // of token 0, of token 8
   int32_t kv_head;
@@ -258,12 +258,6 @@ template <class Shape> struct PartPlace {
   }
 
   QKV_DEVICE PartHalves halves() const { return {(low >= 0 ? 1 : 0) | (high >= 0 ? 2 : 0)}; }
-};
-
-// A part of a tile on its way to a lane's registers.
-template <class Shape> struct PartLoader : PartPlace<Shape> {
-  using Place = PartPlace<Shape>;
-  using Place::k, Place::v, Place::low, Place::high, Place::slot, Place::slot_high, Place::kv_head, Place::slot_bytes;
 
   // Tokens g, g + 8. Or whole lines, of each half those of tokens lane / 8 and lane / 8 + 4: four words of the one,
   // four of the other, and so on from line to line.

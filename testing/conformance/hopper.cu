@@ -103,7 +103,7 @@ template <bool Bf16, int N, int kFirst, bool kReplaces> QKV_KERNEL void by_colum
   QKV_UNROLL
   for (int j = 0; j < N / 8; j++) {
     QKV_UNROLL
-    for (int i = 0; i < 4; i++) sums[j][i] = kReplaces || N <= 32 ? 1e30f : 0.0f;
+    for (int i = 0; i < 4; i++) sums[j][i] = kReplaces ? 1e30f : 0.0f;
   }
   products_begin();
   QKV_UNROLL
@@ -111,7 +111,7 @@ template <bool Bf16, int N, int kFirst, bool kReplaces> QKV_KERNEL void by_colum
     const PanelMatrix y = matrix_by_columns(panels + 2 * kFirst, kDepth * kPanelRow) + 16 * kPanelRow * step;
     if constexpr (Bf16) {
       multiply_columns_bf16(sums, fragments[step], y);
-    } else if constexpr (kReplaces || N <= 32) {
+    } else if constexpr (kReplaces) {
       multiply_columns_f16(sums, fragments[step], y, step > 0);
     } else {
       multiply_columns_f16(sums, fragments[step], y);
@@ -155,7 +155,7 @@ template <int N> QKV_KERNEL void register_rows_kernel(const uint16_t *a, const u
 enum class Kind { Rows, RowsTwice, RegisterRows, Columns };
 
 // `integers`: small ones, whose sums are exact in any order; otherwise random values over many binades.
-template <bool Bf16, int N = 128, int kFirst = 0, bool kReplaces = false> void products(Report &report, const char *name, Kind kind, bool integers) {
+template <bool Bf16, int N = 128, int kFirst = 0, bool kReplaces = N <= 32> void products(Report &report, const char *name, Kind kind, bool integers) {
   const SmallFloat format = Bf16 ? small_bf16() : small_f16();
   const bool rows = kind != Kind::Columns;
   constexpr int columns = N;

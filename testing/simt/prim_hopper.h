@@ -133,7 +133,7 @@ void multiply_rows(float (&sums)[kTiles][4], const uint32_t (&a)[4], PanelMatrix
 }
 template <size_t kTiles>
 void multiply_columns(float (&sums)[kTiles][4], const uint32_t (&a)[4], PanelMatrix b, bool adds, bool is_bf16) {
-  check_aligned("multiply_columns, operand", b.start, 64);
+  check_aligned("multiply_columns, operand", b.start, kTiles <= 4 ? 64 : 1024);
   issue(Product{{}, &sums[0][0], 8 * kTiles, adds, is_bf16, true, {a[0], a[1], a[2], a[3]}, {}, b});
 }
 
