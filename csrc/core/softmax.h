@@ -17,6 +17,10 @@ QKV_DEVICE float negative_infinity() { return float_of(0xff800000u); }
 // What is subtracted from scores whose maximum is `max`.
 QKV_DEVICE float softmax_reference(float max) { return max == negative_infinity() ? 0.0f : max; }
 
+// How far scores may exceed what weights are relative to, before that follows them: weights up to 2^8 lose nothing in f16
+// or bf16, and accumulators are seldom rescaled.
+constexpr float kMostAbove = 8.0f;
+
 // What weights relative to `old_max` are multiplied by to be relative to `new_max`.
 QKV_DEVICE float softmax_rescale(float old_max, float new_max) {
   return exp2_approx(old_max - softmax_reference(new_max));

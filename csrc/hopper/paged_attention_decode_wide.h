@@ -28,9 +28,6 @@ namespace quantkv {
 
 #if QKV_HAS_WARPGROUP_PRODUCTS
 
-// How far scores may exceed what weights are relative to, before that follows: weights up to 2^8 lose nothing in f16.
-constexpr float kWideMostAbove = 8.0f;
-
 template <Format F, class Shape> struct WideDecode {
   static constexpr int kRowTiles = Shape::kRowTiles, kSteps = Shape::kDim / 16;
 
@@ -240,7 +237,7 @@ template <Format F, class Shape> struct WideDecode {
     if (kind == 1) make_scores(s, piece, tile);
     const float top = write_weights(s, shared.rows[version][kind], number, sums);
     // A warp's weights count now, unless they are so large that they may not be numbers.
-    const bool is_above = any(top > kWideMostAbove);
+    const bool is_above = any(top > kMostAbove);
     if (is_above) shared.above[number % 2] = number + 1;
     else add_weights(sums);
     copy_async_wait<2>(); // V of this tile

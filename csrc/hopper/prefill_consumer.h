@@ -33,7 +33,6 @@ template <> struct WarpgroupProducts<bf16> {
 QKV_DEVICE void weigh_scores(PrefillRows &rows, const float (&factor)[2], float (&s)[kHopperKeys / 8][4],
                              float (&rescale)[2]) {
   constexpr int kTiles = kHopperKeys / 8;
-  constexpr float kSlack = 8.0f;
   QKV_UNROLL
   for (int half = 0; half < 2; half++) {
     const int i = 2 * half;
@@ -48,7 +47,7 @@ QKV_DEVICE void weigh_scores(PrefillRows &rows, const float (&factor)[2], float 
     top = maximum(top, shuffle_xor(top, 2));
     const float before = rows.max[half];
     top = maximum(before, top * factor[half]);
-    if (top - before <= kSlack) top = before;
+    if (top - before <= kMostAbove) top = before;
     const float reference = softmax_reference(top);
     float totals[2] = {0.0f, 0.0f};
     QKV_UNROLL

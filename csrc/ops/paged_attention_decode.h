@@ -126,9 +126,6 @@ template <class Shape> QKV_DEVICE void follow_scales(DecodeState<Shape> &state, 
   }
 }
 
-// How far scores may exceed what weights are relative to, before that follows: weights up to 2^8 lose nothing in f16.
-constexpr float kMostAbove = 8.0f;
-
 // Scores to weights, relative to state.max; p is the operand of the second product. state.max is a score, within kMostAbove
 // of the largest: to find the largest takes lanes six shuffles, to see that none is that far above takes them a vote.
 template <class Shape>
