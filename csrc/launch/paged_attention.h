@@ -221,17 +221,23 @@ int check(const quantkv_paged_attention &op) {
 
 // ---- launches
 
+// Blocks of the plan kernel that empty the slots of lists that merge themselves, besides the one that plans.
+int64_t slot_blocks_of(const Dispatch &dispatch) {
+  int64_t most = 0; // of a list
+  for (int i = 0; i < dispatch.count; i++) {
+    const WorkList &list = dispatch.call.lists[i];
+    const int64_t bytes = list.merges_itself ? 4ll * list.workers * list.rows * list.value_stride : 0;
+    const int64_t blocks = ceil_div(bytes, kSlotBytes);
+    if (blocks > most) most = blocks;
+  }
+  return most < kSlotBlocks ? most : kSlotBlocks;
+}
+
 int launch(const Dispatch &dispatch, const Device &device, quantkv_stream stream) {
   const AttentionLists &call = dispatch.call;
   if (!call.params.op.plan_is_ready) {
-    int64_t slot_blocks = 0;
-    for (int i = 0; i < dispatch.count; i++) {
-      const WorkList &list = call.lists[i];
-      const int64_t bytes = list.merges_itself ? 4ll * list.workers * list.rows * list.value_stride : 0;
-      if (ceil_div(bytes, kSlotBytes) > slot_blocks) slot_blocks = ceil_div(bytes, kSlotBytes);
-    }
-    if (slot_blocks > kSlotBlocks) slot_blocks = kSlotBlocks;
-    QKV_CHECK(QKV_LAUNCH_OVERLAPPED((plan_attention), (Grid{dispatch.count, 1 + slot_blocks, 1}), kPlanThreads, 0, stream, call));
+    const Grid grid = {dispatch.count, 1 + slot_blocks_of(dispatch), 1};
+    QKV_CHECK(QKV_LAUNCH_OVERLAPPED((plan_attention), grid, kPlanThreads, 0, stream, call));
   }
   if (call.params.op.num_tokens == 0) return QUANTKV_OK;
   int64_t most_rows = 0; // to be merged
