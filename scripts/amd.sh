@@ -12,11 +12,11 @@
 #   --quick            what must be compiled is not optimized for x86-64: for a run or two
 #
 # clang makes LLVM IR of csrc/hip/*.hip as it does for the device, testing/amd/retarget.rs turns it into IR for x86-64,
-# and testing/amd/{machine,hip}.cpp run it as libamdhip64.so.7 (docs/rocm.md), with testing/amd/rocblas.cpp as its
-# librocblas.so.5. The crate is built as ever, with real code for that architecture; it only finds another runtime. The
-# compiler is QUANTKV_HIP_CLANG, else that of .rocm, else clang-22 to clang-19; for ARCH alone QUANTKV_HIP_CLANG_ARCH
-# (QUANTKV_HIP_CLANG_GFX950), as for the library's code. QUANTKV_HIP_ARCHS: the library's architectures, if not ARCH
-# alone. With all of them in it, the same test programs serve every ARCH.
+# and testing/amd/{machine,instructions,hip}.cpp run it as libamdhip64.so.7 (docs/rocm.md), with testing/amd/rocblas.cpp
+# as its librocblas.so.5. The crate is built as ever, with real code for that architecture; it only finds another
+# runtime. The compiler is QUANTKV_HIP_CLANG, else that of .rocm, else clang-22 to clang-19; for ARCH alone
+# QUANTKV_HIP_CLANG_ARCH (QUANTKV_HIP_CLANG_GFX950), as for the library's code. QUANTKV_HIP_ARCHS: the library's
+# architectures, if not ARCH alone. With all of them in it, the same test programs serve every ARCH.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -126,10 +126,10 @@ for object in "${objects[@]}"; do [ -f "$object" ] || { echo "amd.sh: $object wa
 
 runtime=$out/libamdhip64.so.7 machinery=$out/machinery.o
 flags=(-std=c++20 -O2 -g -Wall -Wextra -Werror -fPIC -fvisibility=hidden)
-if is_stale "$machinery" testing/amd/{machine.h,machine.cpp,hip.cpp} testing/simt/fiber.* scripts/amd.sh; then
+if is_stale "$machinery" testing/amd/{machine.h,machine.cpp,instructions.cpp,hip.cpp} testing/simt/fiber.* scripts/amd.sh; then
     "${CXX:-c++}" "${flags[@]}" -r -nostdlib \
         -DQUANTKV_AMD_WAVE=$wave -DQUANTKV_AMD_FNUZ=$fnuz -DQUANTKV_AMD_MACHINE=$machine "-DQUANTKV_AMD_ARCH=\"$arch\"" \
-        testing/amd/{machine,hip}.cpp testing/simt/fiber.cpp -o "$machinery"
+        testing/amd/{machine,instructions,hip}.cpp testing/simt/fiber.cpp -o "$machinery"
 fi
 if is_stale "$runtime" "${objects[@]}" "$machinery"; then
     "${CXX:-c++}" -shared -Wl,-soname,libamdhip64.so.7 "$machinery" "${objects[@]}" -o "$runtime"
