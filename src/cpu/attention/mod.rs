@@ -15,6 +15,7 @@ mod plan;
 mod portable;
 mod simd;
 mod tile;
+mod tile_rows;
 
 #[cfg(test)]
 mod tests;
