@@ -14,6 +14,9 @@ constexpr float kLn2 = 0.69314718055994530942f;
 
 QKV_DEVICE float negative_infinity() { return float_of(0xff800000u); }
 
+// Whether a state has no key yet. Keys of NaN scores leave the max as it is, but not the sum.
+QKV_DEVICE bool saw_no_key(float max, float sum) { return max == negative_infinity() && sum == 0.0f; }
+
 // What is subtracted from scores whose maximum is `max`.
 QKV_DEVICE float softmax_reference(float max) { return max == negative_infinity() ? 0.0f : max; }
 

@@ -100,7 +100,7 @@ QKV_DEVICE bool merge_slots(MergeState (&states)[kRows], const WorkList &list, i
       for (int i = 0; i < kAtOnce; i++) {
         const float sum = base + i < count ? float_of(of_slot[r][i].w[1]) : 0.0f, weight = softmax_rescale(max[i], top);
         // A piece that saw no key has no part in the result, whatever its products with zero gave.
-        const bool none = max[i] == negative_infinity() && sum == 0.0f;
+        const bool none = saw_no_key(max[i], sum);
         state.sum += sum * weight;
         QKV_UNROLL
         for (int j = 0; j < 4; j++) state.acc[j] += (none ? 0.0f : float_of(values[r][i].w[j])) * weight;
@@ -124,7 +124,8 @@ QKV_DEVICE bool merge_rows(MergeState (&states)[kRows], const WorkList &list, in
                            const int32_t (&rows)[kRows], int32_t run, bool inside, bool is_last) {
   QKV_UNROLL
   for (int r = 0; r < kRows; r++) {
-    // What saw no key has no part in the result, whatever its products with zero gave.
+    // What saw no key has no part in the result, whatever its products with zero gave. saw_no_key() would cost an instruction
+    // and, of one kernel, a register.
     const bool none = states[r].max == negative_infinity() && states[r].sum == 0.0f;
     QKV_UNROLL
     for (int i = 0; i < 4; i++) states[r].acc[i] = none ? 0.0f : states[r].acc[i];

@@ -60,7 +60,7 @@ QKV_DEVICE MergeState merge_pieces(const MergeRow &row, int32_t channel) {
         max = float_of(words.w[0]);
         sum = float_of(words.w[1]);
       }
-      const bool none = max == negative_infinity() && sum == 0.0f;
+      const bool none = saw_no_key(max, sum);
       used = ballot(!none);
       float top = maximum(state.max, max);
       QKV_UNROLL
