@@ -21,7 +21,7 @@ QKV_DEVICE int panel_offset(int row, int chunk) { return row * kPanelRow + ((chu
 
 } // namespace quantkv
 
-//   QKV_PANELS_SHARED(name)   the launch's dynamic shared memory, aligned to 1024 bytes; no other array of the kernel is dynamic
+//   QKV_PANELS_SHARED(name)   the launch's dynamic shared memory, aligned to 1024 bytes; the kernel has no other array in shared memory
 
 #if defined(QUANTKV_SIMT)
 

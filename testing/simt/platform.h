@@ -13,7 +13,7 @@
   static T name[n];                                                                                                    \
   static uint64_t name##_last_block = 0;                                                                               \
   quantkv::simt::begin_shared(name, sizeof name, name##_last_block)
-#define QKV_DYNAMIC_SHARED(name) unsigned char *name = quantkv::simt::dynamic_shared
+#define QKV_DYNAMIC_SHARED(name) unsigned char *name = quantkv::simt::dynamic_shared(quantkv::simt::kSharedAlignment)
 
 #include "../../csrc/core/types.h"
 

@@ -7,7 +7,7 @@
 #include "prim.h"
 
 #define QKV_HAS_WARPGROUP_PRODUCTS (QUANTKV_SIMT_ARCH == 90)
-#define QKV_PANELS_SHARED(name) unsigned char *name = quantkv::simt::dynamic_shared
+#define QKV_PANELS_SHARED(name) unsigned char *name = quantkv::simt::dynamic_shared(1024)
 
 namespace quantkv {
 

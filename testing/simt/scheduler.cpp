@@ -1,5 +1,9 @@
 #include "scheduler.h"
 
+#if defined(QUANTKV_SIMT_ASAN)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include <algorithm>
 #include <memory>
 #include <mutex>
@@ -15,7 +19,6 @@ Lane *current = nullptr;
 Index3 block_index = {};
 Index3 grid_size = {};
 int block_size = 0;
-unsigned char *dynamic_shared = nullptr;
 
 namespace {
 
@@ -53,8 +56,17 @@ struct Block {
   bool waited_for_previous = false;
 };
 
+// Dynamic shared memory of the launch. It is made when a lane asks, since the kernel says only then how it is to be aligned.
+struct DynamicShared {
+  void *allocation = nullptr;
+  unsigned char *begin = nullptr;
+  size_t alignment = 0;
+  uint64_t last_block = 0; // that it was filled for
+};
+
 std::mutex one_launch; // all state here is global
 Block block;
+DynamicShared dynamic;
 const Work *work = nullptr;
 std::string fault_message;
 int fault_status = QUANTKV_OK;
@@ -193,10 +205,6 @@ bool begin_block() {
     block.warps[i / kLanes].present |= 1u << i % kLanes;
     if (!lane.fiber.restart(run_lane)) return false;
   }
-  if (dynamic_shared != nullptr) {
-    memset(dynamic_shared, 0xff, work->shared_bytes);
-    block.shared.push_back({dynamic_shared, work->shared_bytes});
-  }
   return true;
 }
 
@@ -235,6 +243,24 @@ void run_block(uint64_t &random) {
   }
   if (work->overlapped && !block.waited_for_previous) {
     set_fault(Fault::LaunchFailure, block_text() + ": launched overlapped, and no thread called wait_for_previous_kernel()");
+  }
+}
+
+// An odd multiple of the alignment, and of exactly the size asked for: AddressSanitizer sees the bytes beside it.
+bool make_dynamic_shared(size_t alignment) {
+  if (posix_memalign(&dynamic.allocation, 2 * alignment, alignment + work->shared_bytes) != 0) return false;
+#if defined(QUANTKV_SIMT_ASAN)
+  ASAN_POISON_MEMORY_REGION(dynamic.allocation, alignment);
+#endif
+  dynamic.begin = static_cast<unsigned char *>(dynamic.allocation) + alignment;
+  dynamic.alignment = alignment;
+  return true;
+}
+
+// Dynamic shared memory lies behind static arrays: beside those the seam promises no more than the usual alignment.
+void check_shared_alignment() {
+  if (dynamic.alignment > kSharedAlignment && block.static_shared_bytes > 0) {
+    fail(Fault::LaunchFailure, "dynamic shared memory aligned to %zu beside static arrays", dynamic.alignment);
   }
 }
 
@@ -317,10 +343,28 @@ void begin_shared(void *array, size_t bytes, uint64_t &last_block) {
   memset(array, 0xff, bytes);
   block.shared.push_back({static_cast<unsigned char *>(array), bytes});
   block.static_shared_bytes += bytes;
+  check_shared_alignment();
   if (block.static_shared_bytes > work->static_shared_limit) {
     fail(Fault::InvalidValue, "%zu bytes of static shared memory; beside %zu dynamic ones a block has %zu",
          block.static_shared_bytes, work->shared_bytes, work->static_shared_limit);
   }
+}
+
+unsigned char *dynamic_shared(size_t alignment) {
+  if (work->shared_bytes == 0) return nullptr;
+  if (dynamic.allocation == nullptr && !make_dynamic_shared(alignment)) {
+    fail(Fault::InvalidValue, "no memory for %zu bytes of shared memory", work->shared_bytes);
+  }
+  if (dynamic.alignment != alignment) {
+    fail(Fault::LaunchFailure, "dynamic shared memory aligned to %zu and to %zu", dynamic.alignment, alignment);
+  }
+  check_shared_alignment();
+  if (dynamic.last_block != block.serial) {
+    dynamic.last_block = block.serial;
+    memset(dynamic.begin, 0xff, work->shared_bytes);
+    block.shared.push_back({dynamic.begin, work->shared_bytes});
+  }
+  return dynamic.begin;
 }
 
 void check_aligned(const char *name, const void *address, size_t bytes) {
@@ -357,11 +401,6 @@ int run(const Work &wanted) {
   block.size = block_size = wanted.threads;
   grid_size = wanted.grid;
   if (block.lanes.size() < static_cast<size_t>(wanted.threads)) block.lanes.resize(static_cast<size_t>(wanted.threads));
-  void *shared = nullptr; // of exactly the size asked for: AddressSanitizer sees the first byte past it
-  if (wanted.shared_bytes > 0 && posix_memalign(&shared, 1024, wanted.shared_bytes) != 0) {
-    return status_of(Fault::InvalidValue);
-  }
-  dynamic_shared = static_cast<unsigned char *>(shared);
 
   uint64_t random = order();
   const int64_t plane = static_cast<int64_t>(wanted.grid.x) * wanted.grid.y;
@@ -373,8 +412,8 @@ int run(const Work &wanted) {
     run_block(random);
     if (fault_status != QUANTKV_OK) break;
   }
-  free(shared);
-  dynamic_shared = nullptr;
+  free(dynamic.allocation);
+  dynamic = {};
   current = nullptr;
   work = nullptr;
   return fault_status;

@@ -89,7 +89,12 @@ extern Lane *current;
 extern Index3 block_index;
 extern Index3 grid_size;
 extern int block_size;
-extern unsigned char *dynamic_shared;
+
+// What every kernel's dynamic shared memory is aligned to.
+constexpr size_t kSharedAlignment = 128;
+// The launch's dynamic shared memory, null if it has none, for a kernel that asks for this alignment. It is aligned to no more, so
+// that a kernel which counts on more goes wrong.
+unsigned char *dynamic_shared(size_t alignment);
 
 // Ends the launch with a message that names kernel, block and thread. Does not return: the fiber is dropped.
 [[noreturn]] void fail(Fault fault, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -3,7 +3,7 @@
 // functions of platform.h.
 #pragma once
 #include "core/launch.h"
-#include "core/prim.h"
+#include "core/prim_hopper.h"
 
 #include <stdio.h>
 #include <string.h>

@@ -83,7 +83,8 @@ enum Trap {
   COPY_TO_GLOBAL,
   MATRIX_FROM_GLOBAL,
   LOAD_FROM_SHARED,
-  MISALIGNED_ATOMIC
+  MISALIGNED_ATOMIC,
+  TWO_ALIGNMENTS
 };
 
 QKV_KERNEL void trap(Trap which, unsigned char *global) {
@@ -120,6 +121,11 @@ QKV_KERNEL void trap(Trap which, unsigned char *global) {
   case MATRIX_FROM_GLOBAL: load_matrix_x4_transposed(r, global); break;
   case LOAD_FROM_SHARED: (void)load_stream(reinterpret_cast<const Words<1> *>(shared)); break;
   case MISALIGNED_ATOMIC: atomic_or(reinterpret_cast<uint32_t *>(global + 2), 1); break;
+  case TWO_ALIGNMENTS: {
+    QKV_PANELS_SHARED(panels);
+    panels[0] = 0;
+    break;
+  }
   }
 }
 
@@ -144,6 +150,17 @@ bool ends_with(Trap which, simt::Fault fault, const char *words) {
 QKV_KERNEL void wait_or_not(int wait) {
   allow_next_kernel();
   if (wait) wait_for_previous_kernel();
+}
+
+QKV_KERNEL void panels_beside_static_shared(bool panels_first) {
+  if (panels_first) {
+    QKV_PANELS_SHARED(panels);
+    panels[0] = 0;
+  }
+  QKV_SHARED(unsigned char, bytes, 32);
+  bytes[thread_index()] = 0;
+  QKV_PANELS_SHARED(panels);
+  panels[0] = 0;
 }
 
 template <int kBytes> QKV_KERNEL void large_static_shared(unsigned char value) {
@@ -214,6 +231,10 @@ void test_faults() {
   CHECK(ends_with(MATRIX_FROM_GLOBAL, Fault::LaunchFailure, "load_matrix_x4_transposed"));
   CHECK(ends_with(LOAD_FROM_SHARED, Fault::LaunchFailure, "load_stream"));
   CHECK(ends_with(MISALIGNED_ATOMIC, Fault::MisalignedAddress, "atomic_or"));
+  CHECK(ends_with(TWO_ALIGNMENTS, Fault::LaunchFailure, "aligned to 128 and to 1024"));
+  for (const bool panels_first : {false, true}) {
+    CHECK(QKV_LAUNCH((panels_beside_static_shared), kOneBlock, 32, 1024, nullptr, panels_first) == simt::status_of(Fault::LaunchFailure));
+  }
 
   CHECK(QKV_LAUNCH_OVERLAPPED((wait_or_not), kOneBlock, 64, 0, nullptr, 1) == QUANTKV_OK);
   CHECK(QKV_LAUNCH_OVERLAPPED((wait_or_not), kOneBlock, 64, 0, nullptr, 0) == simt::status_of(Fault::LaunchFailure));

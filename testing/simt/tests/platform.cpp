@@ -62,6 +62,24 @@ void test_shared() {
   CHECK(good);
 }
 
+QKV_KERNEL void address_of_shared(uintptr_t *plain, uintptr_t *panels) {
+  if (plain != nullptr) {
+    QKV_DYNAMIC_SHARED(bytes);
+    *plain = reinterpret_cast<uintptr_t>(bytes);
+  } else {
+    QKV_PANELS_SHARED(bytes);
+    *panels = reinterpret_cast<uintptr_t>(bytes);
+  }
+}
+
+// To what the kernel declares, and no more.
+void test_shared_alignment() {
+  uintptr_t plain = 0, panels = 0, *const none = nullptr;
+  CHECK(QKV_LAUNCH((address_of_shared), kOneBlock, 32, 4096, nullptr, &plain, none) == QUANTKV_OK && plain % 256 == 128);
+  CHECK(QKV_LAUNCH((address_of_shared), kOneBlock, 32, 4096, nullptr, none, &panels) == QUANTKV_OK && panels % 2048 == 1024);
+  CHECK(QKV_LAUNCH((address_of_shared), kOneBlock, 32, 0, nullptr, &plain, none) == QUANTKV_OK && plain == 0);
+}
+
 // out: [7][threads]
 QKV_KERNEL void collectives(const int *in, int *out) {
   const int t = thread_index(), n = block_threads();
@@ -167,6 +185,7 @@ void test_parameters() {
 void test_platform() {
   test_indices();
   test_shared();
+  test_shared_alignment();
   test_collectives();
   test_early_return();
   test_atomics();
