@@ -126,7 +126,7 @@ for object in "${objects[@]}"; do [ -f "$object" ] || { echo "amd.sh: $object wa
 
 runtime=$out/libamdhip64.so.7 machinery=$out/machinery.o
 flags=(-std=c++20 -O2 -g -Wall -Wextra -Werror -fPIC -fvisibility=hidden)
-if is_stale "$machinery" testing/amd/{machine.h,machine.cpp,instructions.cpp,hip.cpp} testing/simt/fiber.* scripts/amd.sh; then
+if is_stale "$machinery" testing/amd/{machine.h,powers.h,machine.cpp,instructions.cpp,hip.cpp} testing/simt/fiber.* scripts/amd.sh; then
     "${CXX:-c++}" "${flags[@]}" -r -nostdlib \
         -DQUANTKV_AMD_WAVE=$wave -DQUANTKV_AMD_FNUZ=$fnuz -DQUANTKV_AMD_MACHINE=$machine "-DQUANTKV_AMD_ARCH=\"$arch\"" \
         testing/amd/{machine,instructions,hip}.cpp testing/simt/fiber.cpp -o "$machinery"

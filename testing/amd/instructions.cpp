@@ -1,5 +1,8 @@
 // Instructions that retargeted kernels call (retarget.rs) and that a lane carries out alone: arithmetic, and 8-bit floats.
+#include "powers.h"
+
 #include <algorithm>
+#include <bit>
 #include <math.h>
 #include <stdint.h>
 
@@ -25,8 +28,8 @@ float decode(const Fp8 &format, uint32_t code) {
   const uint32_t magnitude = code & 0x7f, fraction = magnitude & ((1u << format.mantissa) - 1);
   if (format.fnuz ? code == 0x80 : magnitude > format.largest) return NAN;
   const int exponent = static_cast<int>(magnitude >> format.mantissa);
-  const float value = exponent == 0 ? ldexpf(static_cast<float>(fraction), 1 - format.bias - format.mantissa)
-                                    : ldexpf(static_cast<float>(fraction + (1u << format.mantissa)), exponent - format.bias - format.mantissa);
+  const int step = (exponent == 0 ? 1 : exponent) - format.bias - format.mantissa;
+  const float value = static_cast<float>(exponent == 0 ? fraction : fraction + (1u << format.mantissa)) * power_f32(step);
   return code & 0x80 ? -value : value;
 }
 
@@ -38,8 +41,9 @@ uint32_t encode(const Fp8 &format, float x) {
   if (isinf(x)) return overflow;
   const float magnitude = fabsf(x);
   const int smallest = 1 - format.bias;
-  int exponent = magnitude > 0 ? std::max(ilogbf(magnitude), smallest) : smallest;
-  const double steps = nearbyint(ldexp(static_cast<double>(magnitude), format.mantissa - exponent));
+  const int exponent = std::max(static_cast<int>(std::bit_cast<uint32_t>(magnitude) >> 23) - 127, smallest);
+  // The large number leaves no bits below one, and so rounds.
+  const double steps = (static_cast<double>(magnitude) * power_f64(format.mantissa - exponent) + 0x1p52) - 0x1p52;
   const uint32_t code = (static_cast<uint32_t>(exponent - smallest) << format.mantissa) + static_cast<uint32_t>(steps);
   if (code > format.largest) return overflow;
   return code == 0 && format.fnuz ? 0 : sign | code;

@@ -1,4 +1,5 @@
 #include "machine.h"
+#include "powers.h"
 
 #include <algorithm>
 #include <bit>
@@ -141,14 +142,9 @@ float flush(float x) { return kFlushes && fpclassify(x) == FP_SUBNORMAL ? copysi
 
 float half_value(uint16_t bits, bool is_bf16) {
   if (kFlushes && (bits & (is_bf16 ? 0x7f80 : 0x7c00)) == 0) return bits & 0x8000 ? -0.0f : 0.0f;
-  if (is_bf16) {
-    const uint32_t word = static_cast<uint32_t>(bits) << 16;
-    float value;
-    memcpy(&value, &word, sizeof value);
-    return value;
-  }
+  if (is_bf16) return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
   const int exponent = bits >> 10 & 0x1f, fraction = bits & 0x3ff;
-  float value = exponent == 0 ? ldexpf(static_cast<float>(fraction), -24) : ldexpf(static_cast<float>(fraction + 1024), exponent - 25);
+  float value = exponent == 0 ? static_cast<float>(fraction) * 0x1p-24f : static_cast<float>(fraction + 1024) * power_f32(exponent - 25);
   if (exponent == 31) value = fraction == 0 ? INFINITY : NAN;
   return bits & 0x8000 ? -value : value;
 }
@@ -159,7 +155,7 @@ bool multiply_matrices(std::span<Lane> wave) {
   const Fragments &any = wave[0].fragments;
   const uint32_t terms = any.terms, sums = kWave == 64 ? 4 : 8;
   if (terms != (kWave == 64 ? 4u : terms == 16 ? 16u : 8u)) return false;
-  float a[16][16], b[16][16]; // rows of A and columns of B
+  float a[16][16], b[16][16], c[16][16]; // rows x k, k x columns, rows x columns
   for (size_t l = 0; l < wave.size(); l++) {
     const Fragments &own = wave[l].fragments;
     if (own.terms != terms || own.is_bf16 != any.is_bf16) return false;
@@ -167,16 +163,21 @@ bool multiply_matrices(std::span<Lane> wave) {
     for (uint32_t i = 0; i < terms; i++) {
       if (terms == 16 && l >= 16 && (own.a[i] != wave[l - 16].fragments.a[i] || own.b[i] != wave[l - 16].fragments.b[i])) return false;
       a[l % 16][first + i] = half_value(own.a[i], any.is_bf16);
-      b[l % 16][first + i] = half_value(own.b[i], any.is_bf16);
+      b[first + i][l % 16] = half_value(own.b[i], any.is_bf16);
+    }
+  }
+  const auto row_of = [&](size_t l, uint32_t i) { return terms == 16 ? 2 * i + l / 16 : l / 16 * sums + i; };
+  for (size_t l = 0; l < wave.size(); l++) {
+    for (uint32_t i = 0; i < sums; i++) c[row_of(l, i)][l % 16] = wave[l].fragments.c[i];
+  }
+  // Each sum from k = 0 on, a row's sixteen at once.
+  for (int row = 0; row < 16; row++) {
+    for (int k = 0; k < 16; k++) {
+      for (int column = 0; column < 16; column++) c[row][column] += a[row][k] * b[k][column];
     }
   }
   for (size_t l = 0; l < wave.size(); l++) {
-    for (uint32_t i = 0; i < sums; i++) {
-      const size_t row = terms == 16 ? 2 * i + l / 16 : l / 16 * sums + i;
-      float &sum = wave[l].fragments.c[i];
-      for (int k = 0; k < 16; k++) sum += a[row][k] * b[l % 16][k];
-      sum = flush(sum);
-    }
+    for (uint32_t i = 0; i < sums; i++) wave[l].fragments.c[i] = flush(c[row_of(l, i)][l % 16]);
   }
   return true;
 }

@@ -89,6 +89,7 @@ Fiber::~Fiber() {
 void Fiber::entry() {
   after_switch(running->context_, &scheduler_bottom, &scheduler_bytes);
   start();
+  running->is_clean_ = true;
   before_switch(running->context_, scheduler_bottom, scheduler_bytes, true);
   switch_machine(running->context_, scheduler);
   __builtin_trap(); // a fiber that ended is restarted, not resumed
@@ -103,8 +104,10 @@ bool Fiber::restart(void (*function)()) {
     stack_ = static_cast<char *>(memory) + kGuardBytes;
   }
 #if defined(QUANTKV_SIMT_ASAN)
-  __asan_unpoison_memory_region(stack_, kStackBytes); // red zones of frames that were dropped
+  // Red zones of frames that were dropped; frames that were left took theirs with them.
+  if (!is_clean_) __asan_unpoison_memory_region(stack_, kStackBytes);
 #endif
+  is_clean_ = false;
   start = function;
   context_.fake_stack = nullptr;
 #if defined(QUANTKV_SIMT_USES_UCONTEXT)

@@ -50,6 +50,7 @@ private:
   static void entry();
   Context context_;
   char *stack_ = nullptr;
+  bool is_clean_ = false; // the last function came to its end
 };
 
 } // namespace quantkv::simt

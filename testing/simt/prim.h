@@ -39,22 +39,28 @@ inline float maximum(float x, float y) { return fmaxf(x, y); }
 
 namespace simt {
 
+// A power of two; by its bits, as what follows is most of the emulator's time.
+inline float power_f32(int exponent) { return std::bit_cast<float>(static_cast<uint32_t>(exponent + 127) << 23); }
+inline double power_f64(int exponent) { return std::bit_cast<double>(static_cast<uint64_t>(exponent + 1023) << 52); }
+
 // The non-negative value of a small float: `mantissa` bits below an exponent of bias `bias`; no special codes.
 inline float decode_magnitude(uint32_t code, int mantissa, int bias) {
   const int exponent = static_cast<int>(code >> mantissa);
   const uint32_t fraction = code & ((1u << mantissa) - 1);
-  if (exponent == 0) return ldexpf(static_cast<float>(fraction), 1 - bias - mantissa);
-  return ldexpf(static_cast<float>(fraction + (1u << mantissa)), exponent - bias - mantissa);
+  if (exponent == 0) return static_cast<float>(fraction) * power_f32(1 - bias - mantissa);
+  return static_cast<float>(fraction + (1u << mantissa)) * power_f32(exponent - bias - mantissa);
 }
 
 // The code nearest to a finite magnitude, ties to even; grows past the format's largest where the value does.
 inline uint32_t encode_magnitude(float magnitude, int mantissa, int bias) {
   const int smallest = 1 - bias; // exponent of the normal numbers' first binade; below it the step stays the same
-  int exponent = magnitude > 0 ? ilogbf(magnitude) : smallest;
+  int exponent = static_cast<int>(bits_of(magnitude) >> 23) - 127;
   if (exponent < smallest) exponent = smallest;
-  // In units of the step there: up to 2^(mantissa + 1), which is the first code of the next binade.
-  const double steps = nearbyint(ldexp(static_cast<double>(magnitude), mantissa - exponent));
-  return (static_cast<uint32_t>(exponent - smallest) << mantissa) + static_cast<uint32_t>(steps);
+  // In units of the step there: up to 2^(mantissa + 1), which is the first code of the next binade. The large number
+  // leaves no bits below one, and so rounds.
+  const double steps = static_cast<double>(magnitude) * power_f64(mantissa - exponent);
+  const double rounded = (steps + 0x1p52) - 0x1p52;
+  return (static_cast<uint32_t>(exponent - smallest) << mantissa) + static_cast<uint32_t>(rounded);
 }
 
 inline uint32_t sign_of(float x) { return bits_of(x) >> 31; }
@@ -147,17 +153,22 @@ inline void decode_e5m2x4(uint32_t codes, uint32_t &low, uint32_t &high) {
 
 // Each half of a word as f32.
 namespace simt {
-// to_f32 by a table.
-inline float f32_of_f16(uint16_t bits) {
-  static const std::vector<float> values = [] {
-    std::vector<float> all(1 << 16);
-    for (uint32_t code = 0; code < all.size(); code++) all[code] = to_f32(f16{static_cast<uint16_t>(code)});
-    return all;
-  }();
-  return values[bits];
-}
 inline float f16_half(uint32_t word, int half) { return to_f32(f16{static_cast<uint16_t>(word >> 16 * half)}); }
 inline float bf16_half(uint32_t word, int half) { return to_f32(bf16{static_cast<uint16_t>(word >> 16 * half)}); }
+} // namespace simt
+
+// A row of 16 times eight columns of a matrix whose rows lie `stride` apart; each sum from k = 0 on.
+namespace simt {
+inline void multiply_row(float *sums, const float (&row)[16], const float *matrix, int stride) {
+  typedef float Eight __attribute__((vector_size(32)));
+  Eight sum = {};
+  for (int k = 0; k < 16; k++) {
+    Eight columns;
+    memcpy(&columns, matrix + k * stride, sizeof columns);
+    sum += row[k] * columns;
+  }
+  memcpy(sums, &sum, sizeof sum);
+}
 } // namespace simt
 
 // A product of two f16 has 22 significant bits: exact in f32, rounded once.
@@ -180,24 +191,20 @@ struct MmaResult {
 
 // The fragments of the file comment of csrc/core/prim.h, gathered into matrices and dealt out again.
 template <class Decode> void mma_16816(const Deposits &warp) {
-  float a[16][16], b[8][16]; // b: columns x k
+  float a[16][16], b[16][8], sums[16][8]; // rows x k, k x columns, rows x columns
   for (int lane = 0; lane < kLanes; lane++) {
     const MmaOperand &mine = warp.operand<MmaOperand>(lane);
     const int g = lane / 4, t = lane % 4;
     for (int half = 0; half < 2; half++) {
       for (int i = 0; i < 4; i++) a[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + half] = Decode()(mine.a[i], half);
-      for (int i = 0; i < 2; i++) b[g][2 * t + 8 * i + half] = Decode()(mine.b[i], half);
+      for (int i = 0; i < 2; i++) b[2 * t + 8 * i + half][g] = Decode()(mine.b[i], half);
     }
   }
+  for (int row = 0; row < 16; row++) multiply_row(sums[row], a[row], b[0], 8);
   for (int lane = 0; lane < kLanes; lane++) {
     const MmaOperand &mine = warp.operand<MmaOperand>(lane);
     const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; i++) {
-      const float *row = a[g + 8 * (i / 2)], *column = b[2 * t + i % 2];
-      float sum = 0;
-      for (int k = 0; k < 16; k++) sum += row[k] * column[k];
-      warp.result<MmaResult>(lane).c[i] = mine.c[i] + sum;
-    }
+    for (int i = 0; i < 4; i++) warp.result<MmaResult>(lane).c[i] = mine.c[i] + sums[g + 8 * (i / 2)][2 * t + i % 2];
   }
 }
 

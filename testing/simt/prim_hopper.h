@@ -34,14 +34,17 @@ struct Product : PendingProduct {
 };
 static_assert(sizeof(Product) <= sizeof(PendingProductSpace));
 
-// The address that hardware reads: chunks are swapped by the address's own bits.
-inline float panel_element(const unsigned char *address, bool is_bf16) {
+inline float product_operand(uint16_t bits, bool is_bf16) { return is_bf16 ? to_f32(bf16{bits}) : to_f32(f16{bits}); }
+
+// Eight elements that lie together, `step` apart in `x`, from where hardware reads them: chunks of 16 bytes are swapped
+// by the address's own bits.
+inline void load_chunk(float *x, int step, const unsigned char *address, bool is_bf16) {
   const auto bits = reinterpret_cast<uintptr_t>(address);
   const auto *swapped = reinterpret_cast<const unsigned char *>(bits ^ (bits >> 3 & 0x70));
-  check_shared("a product's operand", swapped, 2);
-  uint16_t element;
-  memcpy(&element, swapped, sizeof element);
-  return is_bf16 ? to_f32(bf16{element}) : f32_of_f16(element);
+  uint16_t elements[8];
+  check_shared("a product's operand", swapped, sizeof elements);
+  memcpy(elements, swapped, sizeof elements);
+  for (int i = 0; i < 8; i++) x[i * step] = product_operand(elements[i], is_bf16);
 }
 
 // One product of one warp.
@@ -50,38 +53,42 @@ inline void multiply(Lane *lanes, size_t index) {
     return *reinterpret_cast<const Product *>(&lanes[lane].products[index]);
   };
   const Product &first = product_of(0);
-  float a[16][16], b[16][128]; // rows x k, k x columns
-  for (int lane = 0; lane < kLanes; lane++) {
+  constexpr int kColumns = 128;
+  float a[16][16], b[16][kColumns], sums[16][kColumns]; // rows x k, k x columns, rows x columns
+  for (int lane = 0; lane < kLanes && first.a_in_registers; lane++) {
     const int g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4 && first.a_in_registers; i++) {
+    for (int i = 0; i < 4; i++) {
       for (int half = 0; half < 2; half++) {
         const auto bits = static_cast<uint16_t>(product_of(lane).a_words[i] >> 16 * half);
-        a[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + half] = first.is_bf16 ? to_f32(bf16{bits}) : f32_of_f16(bits);
+        a[g + 8 * (i % 2)][2 * t + 8 * (i / 2) + half] = product_operand(bits, first.is_bf16);
       }
     }
   }
-  const int first_row = lanes[0].index / kLanes % 4 * 16;
-  for (int row = first_row; row < first_row + 16 && !first.a_in_registers; row++) {
-    for (int k = 0; k < 16; k++) a[row - first_row][k] = panel_element(first.a.start + row * 128 + 2 * k, first.is_bf16);
+  const unsigned char *rows = first.a.start + lanes[0].index / kLanes % 4 * 16 * 128;
+  for (int row = 0; row < 16 && !first.a_in_registers; row++) {
+    for (int k = 0; k < 16; k += 8) load_chunk(&a[row][k], 1, rows + row * 128 + 2 * k, first.is_bf16);
   }
-  for (int k = 0; k < 16; k++) {
+  if (first.b.panel_bytes == 0) {
     for (int n = 0; n < first.columns; n++) {
-      const unsigned char *address = first.b.panel_bytes == 0
-                                         ? first.b.start + n * 128 + 2 * k
-                                         : first.b.start + n / 64 * first.b.panel_bytes + k * 128 + n % 64 * 2;
-      b[k][n] = panel_element(address, first.is_bf16);
+      for (int k = 0; k < 16; k += 8) load_chunk(&b[k][n], kColumns, first.b.start + n * 128 + 2 * k, first.is_bf16);
     }
+  } else {
+    for (int k = 0; k < 16; k++) {
+      for (int n = 0; n < first.columns; n += 8) {
+        load_chunk(&b[k][n], 1, first.b.start + n / 64 * first.b.panel_bytes + k * 128 + n % 64 * 2, first.is_bf16);
+      }
+    }
+  }
+  for (int row = 0; row < 16; row++) {
+    for (int n = 0; n < first.columns; n += 8) multiply_row(&sums[row][n], a[row], &b[0][n], kColumns);
   }
   for (int lane = 0; lane < kLanes; lane++) {
     const Product &mine = product_of(lane);
     const int g = lane / 4, t = lane % 4;
     for (int j = 0; j < mine.columns / 8; j++) {
       for (int i = 0; i < 4; i++) {
-        const float *row = a[g + 8 * (i / 2)];
-        float sum = 0;
-        for (int k = 0; k < 16; k++) sum += row[k] * b[k][8 * j + 2 * t + i % 2];
         float &c = mine.sums[4 * j + i];
-        c = (mine.adds ? c : 0.0f) + sum;
+        c = (mine.adds ? c : 0.0f) + sums[g + 8 * (i / 2)][8 * j + 2 * t + i % 2];
       }
     }
   }

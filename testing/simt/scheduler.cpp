@@ -138,6 +138,10 @@ std::string deadlock_text() {
 
 // ---- waiting
 
+bool is_same(const Site &x, const Site &y) {
+  return x.line() == y.line() && (x.file_name() == y.file_name() || strcmp(x.file_name(), y.file_name()) == 0);
+}
+
 void wait_in(State state, const char *name, const Site &site) {
   current->state = state;
   current->waits_for = name;
@@ -277,9 +281,7 @@ void fail(Fault fault, const char *format, ...) {
 }
 
 void barrier(const Site &site) {
-  const bool same = block.at_barrier == 0 ||
-                    (block.barrier_site.line() == site.line() && strcmp(block.barrier_site.file_name(), site.file_name()) == 0);
-  if (!same) {
+  if (block.at_barrier > 0 && !is_same(block.barrier_site, site)) {
     fail(Fault::LaunchFailure, "sync_threads at %s while others wait at %s", text_of(site).c_str(), text_of(block.barrier_site).c_str());
   }
   block.barrier_site = site;
@@ -321,9 +323,7 @@ void named_barrier(int id, int threads, bool waits, const Site &site) {
 void rendezvous(const char *name, const Site &site, Complete complete, bool aligned) {
   const int index = current->index / kLanes;
   Warp &warp = block.warps[index];
-  const bool same = warp.arrived == 0 || (warp.complete == complete && warp.site.line() == site.line() &&
-                                          strcmp(warp.site.file_name(), site.file_name()) == 0);
-  if (!same) {
+  if (warp.arrived != 0 && !(warp.complete == complete && is_same(warp.site, site))) {
     fail(Fault::LaunchFailure, "%s at %s while other lanes of the warp wait in %s at %s", name, text_of(site).c_str(), warp.name,
          text_of(warp.site).c_str());
   }
