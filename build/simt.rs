@@ -24,7 +24,7 @@ pub fn build(sanitize: bool) -> Result<(), String> {
         .try_get_compiler()
         .map_err(|error| format!("QUANTKV_SIMT=1 needs a C++20 compiler: {error}"))?;
 
-    let mut flags = vec!["-std=c++20", "-O1", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-omit-frame-pointer"];
+    let mut flags = vec!["-std=c++20", "-O2", "-g1", "-fPIC", "-fno-strict-aliasing", "-fno-omit-frame-pointer"];
     flags.extend([
         "-ffp-contract=off",
         "-Wall",

@@ -29,13 +29,14 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDERS = ["forward", "reverse", "2", "3"]
 TEST_SECONDS = 300
 LIBRARY = "libquantkv_cuda.so"
+SANITIZED = os.environ.get("QUANTKV_SIMT_LIBRARY")  # the folder of that with the sanitizers in it, under --sanitize
 
 
 def main():
     words = [word for word in sys.argv[1:] if not word.startswith("-")]
     if os.environ.get("QUANTKV_SIMT") != "1":
         sys.exit(__doc__)
-    sanitize = os.environ.get("QUANTKV_SIMT_SANITIZE") == "1"
+    sanitize = SANITIZED is not None
     listed = tomllib.loads((ROOT / "testing/mutations.toml").read_text())["mutation"]
     for mutation in listed:
         check_entry(mutation)
@@ -107,7 +108,7 @@ class Build:
             if message["reason"] == "build-script-executed" and "quantkv" in message["package_id"]:
                 if (Path(message["out_dir"]) / LIBRARY).is_file():
                     out_dir = Path(message["out_dir"])
-        objects = Path(os.environ.get("QUANTKV_OBJECT_DIR", out_dir))
+        objects = Path(os.environ.get("QUANTKV_OBJECT_DIR", SANITIZED or out_dir))
         folder = max(filter(is_of_this_kind, objects.glob("*/scheduler.cmd")), key=lambda file: file.stat().st_mtime).parent
         self.objects = {file.stem: file for file in folder.glob("*.o")}
         self.commands = {file.stem: shlex.split(file.read_text()) for file in folder.glob("*.cmd")}
@@ -121,7 +122,7 @@ def is_of_this_kind(record):
     """Whether these objects are of the build at hand: one folder holds those of other architectures and sanitizers too."""
     words = shlex.split(record.read_text())
     sanitized = any(word.startswith("-fsanitize") for word in words)
-    if sanitized != (os.environ.get("QUANTKV_SIMT_SANITIZE") == "1"):
+    if sanitized != (SANITIZED is not None):
         return False
     return f"-DQUANTKV_SIMT_ARCH={os.environ['QUANTKV_SIMT_ARCH']}" in words
 
@@ -179,6 +180,7 @@ def first_failure(build, library, tests, device={}, orders=ORDERS):
                 if name in device:
                     environment[variable] = str(device[name])
             environment["LD_LIBRARY_PATH"] = f"{library}:{environment['LD_LIBRARY_PATH']}"
+            environment["QUANTKV_SIMT_LIBRARY"] = str(library)  # what scripts/simt.sh runs sanitized tests with looks there
             runner = [value for name, value in environment.items() if name.startswith("CARGO_TARGET_") and name.endswith("_RUNNER")]
             if seen := failure_of([*runner, build.programs[test]], test, filter, order, environment):
                 return seen

@@ -34,6 +34,8 @@ done
 cxx=${CXX:-c++}
 target=${CARGO_TARGET_DIR:-target}/simt
 [ "$arch" = 90 ] || target+=-$arch
+mkdir -p "$target"
+programs=$(cd "$target" && pwd) # where cargo builds them
 [ "$sanitize" = 0 ] || target+=-sanitized
 mkdir -p "$target/driver"
 target=$(cd "$target" && pwd)
@@ -99,16 +101,23 @@ if [ $# -eq 0 ]; then
     for test in $(grep -l 'testing/devices.rs' tests/*.rs); do set -- "$@" --test "$(basename "$test" .rs)"; done
 fi
 
-export CARGO_TARGET_DIR=${cargo_target:-$target} CARGO_INCREMENTAL=0
-export QUANTKV_SIMT=1 QUANTKV_SIMT_SANITIZE=$sanitize QUANTKV_SIMT_ARCH=$arch QUANTKV_REQUIRE_CUDA=1
+export CARGO_TARGET_DIR=${cargo_target:-$programs} CARGO_INCREMENTAL=0
+export QUANTKV_SIMT=1 QUANTKV_SIMT_ARCH=$arch QUANTKV_REQUIRE_CUDA=1
 # cudarc's version is then the newest it knows, not what a toolkit on this machine says.
 unset CUDA_HOME CUDA_PATH
 # cargo runs tests with the first; rustc itself need not have the sanitizer.
 export LD_LIBRARY_PATH=$target/driver${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 if [ "$sanitize" = 1 ]; then
+    # The sanitizers are in the library of kernels, which a build without Rust code makes. So nothing above it is built
+    # for them: the programs are those of other runs, and what cargo runs them with puts this library before theirs.
+    QUANTKV_SIMT_LIBRARY=$(QUANTKV_SIMT_SANITIZE=1 cargo check --locked --lib --no-default-features --features cuda \
+        --message-format=json-render-diagnostics | grep '"reason":"build-script-executed"' |
+        sed -n 's/.*"package_id":"[^"]*quantkv.*"out_dir":"\([^"]*\)".*/\1/p' | tail -1)
+    [ -f "$QUANTKV_SIMT_LIBRARY/libquantkv_cuda.so" ] || { echo "simt.sh: no library with the sanitizers was made" >&2; exit 1; }
+    export QUANTKV_SIMT_LIBRARY
     preload=$("$cxx" -print-file-name=libasan.so)
     runner=$target/run-with-asan
-    printf '#!/bin/sh\nLD_PRELOAD=%s exec "$@"\n' "$preload" >"$runner"
+    printf '#!/bin/sh\nLD_LIBRARY_PATH=$QUANTKV_SIMT_LIBRARY:$LD_LIBRARY_PATH LD_PRELOAD=%s exec "$@"\n' "$preload" >"$runner"
     chmod +x "$runner"
     host=$(rustc -vV | sed -n 's/^host: //p' | tr a-z- A-Z_)
     export "CARGO_TARGET_${host}_RUNNER=$runner"
