@@ -216,11 +216,12 @@ pub fn slot_of(case: &AttentionCase, s: usize, j: usize) -> Option<(usize, usize
     Some((block, j % case.geometry.block_size))
 }
 
-/// A position's key and value rows of all heads, dequantized exactly but for f64, and the dynamic scale of each head's
-/// value.
+/// A position's key and value rows of all heads, dequantized exactly but for f64; and of each head the sum of the key's
+/// magnitudes over their static scales, and the dynamic scale of the value.
 struct Token {
     k: Vec<f64>,
     v: Vec<f64>,
+    k_over_scales: Vec<f64>,
     v_dynamic: Vec<f64>,
 }
 
@@ -248,11 +249,18 @@ impl Dense {
             }
             row
         };
+        let over_scales = |head: usize, k: &[f64]| -> f64 {
+            k.iter().enumerate().map(|(d, k)| k.abs() / k_scale(case, head, d)).sum()
+        };
         let position = |j| {
-            slot_of(case, s, j).map(|slot| Token {
-                k: row(Half::K, slot),
-                v: row(Half::V, slot),
-                v_dynamic: (0..geometry.heads).map(|head| dynamic(Half::V, slot, head)).collect(),
+            slot_of(case, s, j).map(|slot| {
+                let k = row(Half::K, slot);
+                Token {
+                    k_over_scales: k.chunks(geometry.k_dim).enumerate().map(|(head, k)| over_scales(head, k)).collect(),
+                    k,
+                    v: row(Half::V, slot),
+                    v_dynamic: (0..geometry.heads).map(|head| dynamic(Half::V, slot, head)).collect(),
+                }
             })
         };
         let positions: Vec<Option<Token>> = (0..len).map(position).collect();
@@ -260,6 +268,11 @@ impl Dense {
         let v_dynamic_max = (0..geometry.heads).map(largest).collect();
         Dense { positions, v_dynamic_max }
     }
+}
+
+/// The static scale of K's codes.
+fn k_scale(case: &AttentionCase, kv_head: usize, d: usize) -> f64 {
+    if quantized(case.geometry.format(Half::K)) { case.k_scale.at(kv_head, d).into() } else { 1.0 }
 }
 
 /// What query `i` of sequence `s` must give for query head `h`; also whether it met a block
@@ -270,8 +283,9 @@ fn attend(case: &AttentionCase, dense: &Dense, sequence: Sequence, i: usize, h: 
     let kv_head = h / (case.num_heads / geometry.heads);
     let p = sequence.len as i64 - sequence.queries as i64 + i as i64;
     let q: Vec<f64> = (0..k_dim).map(|d| case.query.at(sequence.first + i, h, d).into()).collect();
-    let k_scale = |d| if quantized(geometry.format(Half::K)) { case.k_scale.at(kv_head, d).into() } else { 1.0 };
-    let q_max = q.iter().enumerate().map(|(d, q)| (q * k_scale(d)).abs()).fold(0.0, f64::max);
+    let scaled = |(d, q): (usize, &f64)| (q * k_scale(case, kv_head, d)).abs();
+    let q_max = q.iter().enumerate().map(scaled).fold(0.0, f64::max);
+    let queries: f64 = q.iter().enumerate().map(scaled).sum();
     let scale = f64::from(case.params.softmax_scale);
     let rounding = Rounding::of(case);
     let mut keys = Vec::new();
@@ -282,13 +296,12 @@ fn attend(case: &AttentionCase, dense: &Dense, sequence: Sequence, i: usize, h: 
             met_fault = true;
             continue;
         };
-        let (mut dot, mut magnitude, mut floor, mut queries) = (0.0, 0.0, 0.0, 0.0);
-        for (d, (q, k)) in q.iter().zip(&token.k[kv_head * k_dim..]).enumerate() {
+        let (mut dot, mut magnitude) = (0.0, 0.0);
+        for (q, k) in q.iter().zip(&token.k[kv_head * k_dim..]) {
             dot += q * k;
             magnitude += (q * k).abs();
-            floor += k.abs() * q_max / k_scale(d);
-            queries += (q * k_scale(d)).abs();
         }
+        let floor = q_max * token.k_over_scales[kv_head];
         let mut score = scale * dot;
         let mut bound = 0.0;
         if let Some(cap) = case.params.soft_cap.map(f64::from) {
