@@ -139,9 +139,8 @@ QKV_DEVICE int32_t tiles_of(const WorkGroup &group, int32_t tile) {
 }
 
 // Of one column.
-QKV_DEVICE int32_t units_of(const WorkGroup &group, const WorkList &list) {
-  return tiles_of(group, list.tile) + list.piece_cost;
-}
+QKV_DEVICE int32_t units_of(const WorkGroup &group, const WorkList &list, int32_t tile) { return tiles_of(group, tile) + list.piece_cost; }
+QKV_DEVICE int32_t units_of(const WorkGroup &group, const WorkList &list) { return units_of(group, list, list.tile); }
 
 // The query heads of a column.
 struct ColumnHeads {
@@ -181,13 +180,15 @@ struct WorkIterator {
   QKV_DEVICE WorkIterator(const AttentionParams &params, const WorkList &list, const WorkerStart &place)
       : params(params), list(list), place(place), is_first(false) {}
 
-  QKV_DEVICE bool next(Piece &piece) {
+  // kTile: that of the list, where it is known; divisions cost.
+  template <int kTile = 0> QKV_DEVICE bool next(Piece &piece) {
+    const int32_t tile = kTile > 0 ? kTile : list.tile;
     int64_t &units = place.units;
     int32_t &group = place.group, &column = place.column, &first = place.first;
     while (units > 0 && group >= 0 && group < list.max_groups) {
       const WorkGroup found = list.groups[group];
       if (!is_sound(params, list, found)) return false;
-      const int32_t cost = units_of(found, list), tiles = cost - list.piece_cost;
+      const int32_t cost = units_of(found, list, tile), tiles = cost - list.piece_cost;
       if (column < 0 || column >= list.columns || first < 0 || first >= cost) return false;
       const int32_t stop = units < cost - first ? first + static_cast<int32_t>(units) : cost;
       const int32_t first_tile = larger_of(0, first - list.piece_cost), end_tile = larger_of(0, stop - list.piece_cost);
@@ -212,10 +213,10 @@ struct WorkIterator {
       piece.kv_head = heads.kv_head;
       piece.first_head = heads.first_head;
       piece.num_heads = heads.num_heads;
-      const int32_t origin = found.begin / list.tile;
-      piece.begin = larger_of(found.begin, (origin + first_tile) * list.tile);
+      const int32_t origin = found.begin / tile;
+      piece.begin = larger_of(found.begin, (origin + first_tile) * tile);
       // The last tile may end past the largest int32_t.
-      piece.end = end_tile == tiles ? found.end : (origin + end_tile) * list.tile;
+      piece.end = end_tile == tiles ? found.end : (origin + end_tile) * tile;
       const bool is_whole = end_tile - first_tile == tiles;
       if (place.worker < 0 || place.worker >= list.workers) return false;
       piece.slot = is_whole ? -1 : 2 * place.worker + (is_first ? 0 : 1);

@@ -23,6 +23,7 @@
 #pragma once
 #include "paged_attention_decode_merge.h"
 #include "paged_attention_decode_products.h"
+#include "paged_attention_decode_work.h"
 
 namespace quantkv {
 
@@ -178,37 +179,6 @@ QKV_DEVICE void make_weights(uint32_t (&p)[Shape::kParts][Shape::kRowTiles][2], 
   }
 }
 
-// Where a warp is in the work of its block. In shared memory, since registers are for tiles; a copy for each warp, so
-// that none waits for another.
-struct DecodeWork {
-  WorkerStart place;
-  bool started, found;
-  Piece pieces[2];              // this one and the next, in turn
-  SeenByAll seen;               // of this piece
-  Words<4> bases[2][kWarp];     // of each piece, a lane: DecodeTiles::bases
-  int32_t blocks[kWarp];        // of the first batch of tiles of the next piece, a lane
-  float k_scale[kWarp];         // of the next piece's head, the same for every lane
-  float v_scale[2];             // of each piece's head, unless scales are by channel
-  int32_t merged[2];            // pieces that each piece is one of, if it is not all of its (group, column)
-
-  QKV_DEVICE void begin() {
-    if (lane_index() == 0) started = false;
-    sync_warp();
-  }
-
-  // Looks for the next piece and puts it in pieces[slot].
-  QKV_DEVICE bool next(const AttentionParams &params, const WorkList &list, int slot) {
-    if (lane_index() == 0) {
-      WorkIterator work = started ? WorkIterator(params, list, place) : WorkIterator(params, list, block_index_x());
-      found = work.next(pieces[slot]);
-      started = true;
-      place = work.place;
-    }
-    sync_warp();
-    return found;
-  }
-};
-
 // A warp's state to shared memory: O [warps, rows, kStride], (max, sum) [warps, rows].
 template <class Shape> QKV_DEVICE void share_state(DecodeState<Shape> &state, float *shared) {
   const int g = lane_index() / 4, t = lane_index() % 4;
@@ -301,38 +271,37 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
   using Tiles = DecodeTiles<Shape>;
   QKV_DYNAMIC_SHARED(shared_bytes);
   QKV_SHARED(DecodeQuery<Shape>, queries, 2); // of this piece and of the next, in turn
-  QKV_SHARED(DecodeWork, works, Shape::kWarps);
+  QKV_SHARED(DecodeWork, works, 1);
+  QKV_SHARED(DecodeWarp, warps, Shape::kWarps);
   float *shared = reinterpret_cast<float *>(shared_bytes);
-  DecodeWork &work = works[warp_index()];
+  DecodeWork &work = works[0];
+  DecodeWarp &warp = warps[warp_index()];
   const quantkv_half &k = params.op.cache.k, &v = params.op.cache.v;
   DecodeTile<Shape> next; // the tile on its way
   PartLoader<Shape> loaders[Shape::kParts];
-  // What can be asked for as soon as a piece is known, and its first tile. Loads first, then what waits for them.
-  auto begin_piece = [&](const Piece &piece, int slot) {
+  // What can be asked for as soon as a piece is known. Loads first, then what waits for them.
+  auto begin_piece = [&](int32_t number) {
+    const Piece &piece = work.at(number).piece;
     const Tiles tiles(params, piece);
     const int32_t *entry = tiles.entry(0);
     const int32_t block = entry != nullptr ? *entry : 0;
     const float scale = static_scale(k, piece.kv_head, 0), v_scale = static_scale(v, piece.kv_head, 0);
-    const int32_t merged = piece.merge >= 0 ? list.merges[piece.merge].num_pieces : 0;
-    begin_query(queries[slot], params, piece);
-    work.bases[slot][lane_index()] = tiles.bases();
-    work.blocks[lane_index()] = tiles.checked(entry, block);
-    work.k_scale[lane_index()] = scale;
-    if (lane_index() == 0) {
-      work.v_scale[slot] = v_scale;
-      work.merged[slot] = merged;
-    }
+    begin_query(queries[number % 2], params, piece);
+    warp.blocks[lane_index()] = tiles.checked(entry, block);
+    warp.k_scale[lane_index()] = scale;
+    if (lane_index() == 0) warp.v_scale[number % 2] = v_scale;
   };
   // The blocks of a tile, number `in_batch` of those that the lanes' `blocks` are for.
   auto look = [&](int32_t blocks, int32_t in_batch) {
     QKV_UNROLL
     for (int i = 0; i < Shape::kParts; i++) loaders[i].look(params, blocks, in_batch * Shape::kParts + i);
   };
-  // Aims at that tile, at `position` of the piece in `slot`.
-  auto aim = [&](int slot, int32_t position) {
+  // Aims at that tile, at `position` of piece `number`.
+  auto aim = [&](int32_t number, int32_t position) {
+    const DecodeWork::Found &found = work.at(number);
     QKV_UNROLL
     for (int i = 0; i < Shape::kParts; i++) {
-      loaders[i].aim(params, work.bases[slot][lane_index()], work.pieces[slot].kv_head, position + i * Shape::kPart);
+      loaders[i].aim(params, found.bases[lane_index()], found.piece.kv_head, position + i * Shape::kPart);
       next.parts[i].halves = loaders[i].halves();
     }
   };
@@ -350,52 +319,60 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
       for (int i = 0; i < Shape::kParts; i++) loaders[i].scales(params, next.parts[i].k_dynamic, next.parts[i].v_dynamic);
     }
   };
-  auto load_first = [&](const Piece &piece, int slot) {
-    look(work.blocks[lane_index()], 0);
-    aim(slot, Tiles(params, piece).position(0));
+  auto load_first = [&](int32_t number) {
+    look(warp.blocks[lane_index()], 0);
+    aim(number, Tiles(params, work.at(number).piece).position(0));
     load_keys();
     if constexpr (!Shape::kNothingAhead) load_values(next);
     load_scales();
   };
-  work.begin();
-  // A plan of an earlier call is not what the kernel before this one writes: there is no need to wait to read it.
-  bool any_work = false;
-  if (params.op.plan_is_ready) {
-    any_work = work.next(params, list, 0);
-    if (any_work) Tiles(params, work.pieces[0]).prefetch(kTilesAhead);
+  // The first two pieces. A plan of an earlier call is not what the kernel before this one writes: there is no need to wait to read it.
+  if (!params.op.plan_is_ready) wait_for_previous_kernel();
+  if (warp_index() == 0) {
+    QKV_NO_UNROLL
+    for (int32_t number = 0; number < 2 && (number == 0 || work.has(0)); number++) work.look<Shape>(params, list, number);
   }
-  wait_for_previous_kernel();
-  if (!params.op.plan_is_ready) any_work = work.next(params, list, 0);
+  sync_threads();
+  const bool any_work = work.has(0);
+  if (params.op.plan_is_ready) {
+    if (any_work) Tiles(params, work.at(0).piece).prefetch(kTilesAhead);
+    wait_for_previous_kernel();
+  }
   allow_next_kernel();
   if (!any_work) return;
-  begin_piece(work.pieces[0], 0);
-  load_first(work.pieces[0], 0);
+  begin_piece(0);
+  load_first(0);
   copy_async_wait<0>();
-  make_query(queries[0], params, work.pieces[0], work.k_scale[lane_index()]);
+  make_query(queries[0], params, work.at(0).piece, warp.k_scale[lane_index()]);
   sync_threads();
 
-  for (int slot = 0;; slot ^= 1) {
-    const Piece &piece = work.pieces[slot], &next_piece = work.pieces[slot ^ 1];
-    const DecodeQuery<Shape> &query = queries[slot];
+  for (int32_t number = 0;; number++) {
+    const DecodeWork::Found &found = work.at(number), &next_found = work.at(number + 1);
+    const Piece &piece = found.piece;
+    const DecodeQuery<Shape> &query = queries[number % 2];
     Tiles tiles(params, piece);
-    tiles.next_blocks = work.blocks[lane_index()];
+    tiles.next_blocks = warp.blocks[lane_index()];
     tiles.begin_batch(0);
-    if (lane_index() == 0) work.seen = SeenByAll(params, piece, Shape::kTile);
-    sync_warp();
-    // The next piece, once loads of this one's second tile are on their way; if there is none, now.
-    if ((tiles.count < 2 || !Shape::kLooksLate) && work.next(params, list, slot ^ 1)) {
-      begin_piece(next_piece, slot ^ 1);
-      if (tiles.count == 0) load_first(next_piece, slot ^ 1);
+    // The next piece, and the one after it.
+    auto go_on = [&] {
+      if (!next_found.is_there) return;
+      begin_piece(number + 1);
+      if (number % Shape::kWarps == warp_index()) work.look<Shape>(params, list, number + 2);
+    };
+    // Once loads of this one's second tile are on their way; if there is none, now.
+    if (tiles.count < 2 || !Shape::kLooksLate) {
+      go_on();
+      if (tiles.count == 0 && next_found.is_there) load_first(number + 1);
     }
 
     DecodeState<Shape> state;
     for (int32_t n = 0; n < tiles.count; n++) {
       DecodeTile<Shape> tile = next;
       tile.position = tiles.position(n);
-      tile.whole = work.seen.has(tile.position) && tile.has_all_halves();
-      const bool is_last = n + 1 == tiles.count, load = !is_last || work.found;
+      tile.whole = found.seen.has(tile.position) && tile.has_all_halves();
+      const bool is_last = n + 1 == tiles.count, load = !is_last || next_found.is_there;
       if (is_last) {
-        look(work.blocks[lane_index()], 0);
+        look(warp.blocks[lane_index()], 0);
       } else {
         const int32_t in_batch = (n + 1) & (tiles.batch() - 1);
         if (in_batch == 0) tiles.begin_batch(n + 1);
@@ -409,7 +386,8 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
       }
       if constexpr (Shape::kNothingAhead) load_values(tile); // loaders still aim at this tile
       if (load) {
-        aim(is_last ? slot ^ 1 : slot, is_last ? Tiles(params, next_piece).position(0) : tile.position + Shape::kWarps * Shape::kTile);
+        aim(is_last ? number + 1 : number,
+            is_last ? Tiles(params, next_found.piece).position(0) : tile.position + Shape::kWarps * Shape::kTile);
         if constexpr (!Shape::kNothingAhead) load_keys();
         if constexpr (Shape::kValuesAhead) load_values(next);
         load_scales();
@@ -431,19 +409,20 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
         }
       }
       if constexpr (Shape::kLooksLate) {
-        if (n == 0 && !is_last && work.next(params, list, slot ^ 1)) begin_piece(next_piece, slot ^ 1);
+        if (n == 0 && !is_last) go_on();
       }
     }
     sync_threads(); // nobody reads states of the piece before any more
     share_state(state, shared);
     copy_async_wait<0>();
-    if (work.found) make_query(queries[slot ^ 1], params, next_piece, work.k_scale[lane_index()]);
+    if (next_found.is_there) make_query(queries[(number + 1) % 2], params, next_found.piece, warp.k_scale[lane_index()]);
     sync_threads();
-    if (!work.found) {
-      write_rows<Shape, true>(params, list, piece, work.place.worker, work.v_scale[slot], work.merged[slot], shared);
+    const float v_scale = warp.v_scale[number % 2];
+    if (!next_found.is_there) {
+      write_rows<Shape, true>(params, list, piece, work.worker, v_scale, found.merged, shared);
       break;
     }
-    write_rows<Shape, false>(params, list, piece, work.place.worker, work.v_scale[slot], work.merged[slot], shared);
+    write_rows<Shape, false>(params, list, piece, work.worker, v_scale, found.merged, shared);
   }
 #endif
 }

@@ -151,11 +151,13 @@ struct RowEnd {
   QKV_DEVICE void to_output(MergeState &state, bool by_channel, float v_scale) const {
     const int query = piece.query_of(row), head = piece.first_head + row - query * piece.num_heads, token = piece.first_token + query;
     const SoftmaxEnd end = end_of_row(params, head, state.max, state.sum);
-    QKV_UNROLL
-    for (int i = 0; i < 4; i++) {
-      const float scale = by_channel ? static_scale(params.op.cache.v, piece.kv_head, channel + i) : v_scale;
-      state.acc[i] = softmax_result(state.acc[i], end) * scale;
+    float scales[4] = {v_scale, v_scale, v_scale, v_scale};
+    if (by_channel) {
+      QKV_UNROLL
+      for (int i = 0; i < 4; i++) scales[i] = static_scale(params.op.cache.v, piece.kv_head, channel + i);
     }
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) state.acc[i] = softmax_result(state.acc[i], end) * scales[i];
     if (inside) store_activation_x4(params.op, row_index(params.op.output, token, head) + channel, state.acc);
     if (is_last && lane_index() == 0) store_lse(params, token, head, end.lse);
   }

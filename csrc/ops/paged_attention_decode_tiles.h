@@ -99,9 +99,10 @@ template <class Shape> struct DecodeTiles {
 
   // Does not look up any block yet.
   QKV_DEVICE DecodeTiles(const AttentionParams &params, const Piece &piece) : params(params), piece(piece) {
-    first = piece.begin / Shape::kPart + warp_index() * Shape::kParts;
-    int32_t end = piece.end / Shape::kPart + (piece.end % Shape::kPart != 0);
-    count = (end - first + kRound - 1) / kRound;
+    // Positions are not negative, which the compiler does not know: divisions of unsigned numbers are shifts.
+    first = static_cast<uint32_t>(piece.begin) / Shape::kPart + warp_index() * Shape::kParts;
+    const int32_t end = (static_cast<uint32_t>(piece.end) + Shape::kPart - 1) / Shape::kPart;
+    count = static_cast<uint32_t>(larger_of(end - first, 0) + kRound - 1) / kRound;
   }
 
   // This lane's part of its first row of K and of V in block 0 of the piece's head: addresses, low word first.
