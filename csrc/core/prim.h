@@ -312,6 +312,15 @@ QKV_DEVICE void copy_async_16(void *shared, const void *global, bool valid) {
   *static_cast<Words<4> *>(shared) = words;
 #endif
 }
+// The same of 4 bytes.
+QKV_DEVICE void copy_async_4(void *shared, const void *global) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(address), "l"(global) : "memory");
+#else
+  *static_cast<uint32_t *>(shared) = *static_cast<const uint32_t *>(global);
+#endif
+}
 // Ends a group of copies.
 QKV_DEVICE void copy_async_commit() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800

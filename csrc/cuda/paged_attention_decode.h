@@ -43,7 +43,7 @@ template <Format F, class Visit> int visit_decode(const quantkv_paged_attention 
 constexpr int kReservedShared = 1024; // by the system, a block
 
 template <class Shape>
-constexpr int kStaticShared = static_cast<int>(2 * sizeof(DecodeQuery<Shape>) + sizeof(DecodeWork) + Shape::kWarps * sizeof(DecodeWarp));
+constexpr int kStaticShared = static_cast<int>(2 * sizeof(DecodeQuery<Shape>) + sizeof(DecodeWork) + Shape::kWarps * sizeof(DecodeWarp<Shape>));
 
 // Blocks of a shape that are resident together: registers allow blocks_on(), shared memory maybe fewer.
 struct CountDecodeBlocks {

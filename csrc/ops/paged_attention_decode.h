@@ -40,13 +40,17 @@ template <class Shape> QKV_DEVICE int shared_pair(int channel) {
   return tile * Shape::kTileStride + 2 * g;
 }
 
+constexpr float kLargestUnit = 8.50705917e37f; // 2^126
+// Of a power of two between 2^-126 and that.
+QKV_DEVICE float inverse_of(float power) { return float_of(0x7f000000u - bits_of(power)); }
+
 // Softmax state of a warp: rows 2t, 2t + 1 of each row tile. Sums are of this lane's tokens alone.
 template <class Shape> struct DecodeState {
   float o[Shape::kRowTiles][Shape::kSteps][4];
   float max[Shape::kRowTiles][2], sum[Shape::kRowTiles][2];
-  float v_unit; // power of two that o is relative to (dynamic scales of V)
+  float v_inverse; // of the power of two that o is relative to (dynamic scales of V)
 
-  QKV_DEVICE DecodeState() : v_unit(kSmallestScale) {
+  QKV_DEVICE DecodeState() : v_inverse(inverse_of(kSmallestScale)) {
     QKV_UNROLL
     for (int i = 0; i < Shape::kRowTiles; i++) {
       max[i][0] = max[i][1] = negative_infinity();
@@ -73,7 +77,7 @@ template <class Shape>
 QKV_DEVICE void make_scores(float (&c)[Shape::kRowTiles][4], const AttentionParams &params, const Piece &piece,
                             const DecodeTile<Shape> &tile, int part, const DecodeQuery<Shape> &query) {
   const TilePart<Shape> &own = tile.parts[part];
-  const int t = lane_index() % 4;
+  const int t = Shape::reread_lane() % 4;
   const bool has_slopes = params.op.alibi_slopes != nullptr, plain = params.cap == 0.0f && !has_slopes;
   QKV_UNROLL
   for (int i = 0; i < Shape::kRowTiles; i++) {
@@ -81,7 +85,7 @@ QKV_DEVICE void make_scores(float (&c)[Shape::kRowTiles][4], const AttentionPara
     QKV_UNROLL
     for (int j = 0; j < 4; j++) {
       c[i][j] *= float_of(factors.w[j % 2]);
-      if constexpr (Shape::kDynamic) c[i][j] *= own.k_dynamic[j / 2];
+      if constexpr (Shape::kDynamic) c[i][j] *= tile.key_scale(part, j / 2);
     }
   }
   if (plain && tile.whole) return;
@@ -107,23 +111,24 @@ QKV_DEVICE void make_scores(float (&c)[Shape::kRowTiles][4], const AttentionPara
   }
 }
 
-// Weights are multiplied by V's scales relative to the largest power of two met, which keeps them in f16. Makes it that.
+// Weights are multiplied by V's scales relative to a power of two, which keeps them in f16: one that no scale met is twice as large
+// as. Makes it that.
 template <class Shape> QKV_DEVICE void follow_scales(DecodeState<Shape> &state, const DecodeTile<Shape> &tile) {
   float largest = 0.0f;
   QKV_UNROLL
   for (int part = 0; part < Shape::kParts; part++) {
-    largest = maximum(largest, maximum(tile.parts[part].v_dynamic[0], tile.parts[part].v_dynamic[1]));
+    largest = maximum(largest, maximum(tile.value_scale(part, 0), tile.value_scale(part, 1)));
   }
-  if (!any(largest > state.v_unit)) return;
+  if (!any(largest * state.v_inverse >= 2.0f)) return;
   QKV_UNROLL
   for (int mask = 4; mask < 32; mask *= 2) largest = maximum(largest, shuffle_xor(largest, mask));
-  // The power of two at or below the largest scale: scales are normal, so it is, too.
-  const float unit = float_of(bits_of(largest) & 0x7f800000u);
-  if (unit > state.v_unit) {
-    const float factor = divide(state.v_unit, unit);
+  // The power of two at or below the largest scale: scales are normal, so it is, too; and so is its inverse, up to 2^126.
+  const float unit = float_of(bits_of(largest < kLargestUnit ? largest : kLargestUnit) & 0x7f800000u), inverse = inverse_of(unit);
+  if (inverse < state.v_inverse) {
+    const float factor = inverse * inverse_of(state.v_inverse);
     QKV_UNROLL
     for (int i = 0; i < Shape::kRowTiles; i++) state.rescale(i, factor, factor);
-    state.v_unit = unit;
+    state.v_inverse = inverse;
   }
 }
 
@@ -169,7 +174,7 @@ QKV_DEVICE void make_weights(uint32_t (&p)[Shape::kParts][Shape::kRowTiles][2], 
       for (int pair = 0; pair < 2; pair++) {
         float x = e[2 * pair], y = e[2 * pair + 1];
         if constexpr (Shape::kDynamic) {
-          const float factor = divide(tile.parts[part].v_dynamic[pair], state.v_unit);
+          const float factor = tile.value_scale(part, pair) * state.v_inverse;
           x *= factor;
           y *= factor;
         }
@@ -181,7 +186,7 @@ QKV_DEVICE void make_weights(uint32_t (&p)[Shape::kParts][Shape::kRowTiles][2], 
 
 // A warp's state to shared memory: O [warps, rows, kStride], (max, sum) [warps, rows].
 template <class Shape> QKV_DEVICE void share_state(DecodeState<Shape> &state, float *shared) {
-  const int g = lane_index() / 4, t = lane_index() % 4;
+  const int lane = Shape::reread_lane(), warp = Shape::reread_thread() / kWarp, g = lane / 4, t = lane % 4;
   float *states = shared + Shape::kWarps * Shape::kRows * Shape::kStride;
   QKV_UNROLL
   for (int i = 0; i < Shape::kRowTiles; i++) {
@@ -190,14 +195,14 @@ template <class Shape> QKV_DEVICE void share_state(DecodeState<Shape> &state, fl
       float sum = state.sum[i][j];
       QKV_UNROLL
       for (int mask = 4; mask < 32; mask *= 2) sum += shuffle_xor(sum, mask);
-      const int row = warp_index() * Shape::kRows + 8 * i + 2 * t + j;
+      const int row = warp * Shape::kRows + 8 * i + 2 * t + j;
       if (g == 0) {
         states[2 * row] = state.max[i][j];
         states[2 * row + 1] = sum;
       }
       QKV_UNROLL
       for (int tile = 0; tile < Shape::kSteps; tile++) {
-        const float unit = Shape::kDynamic ? state.v_unit : 1.0f;
+        const float unit = Shape::kDynamic ? inverse_of(state.v_inverse) : 1.0f;
         const Words<2> pair = {{bits_of(state.o[i][tile][j] * unit), bits_of(state.o[i][tile][2 + j] * unit)}};
         *reinterpret_cast<Words<2> *>(shared + row * Shape::kStride + tile * Shape::kTileStride + 2 * g) = pair;
       }
@@ -272,10 +277,10 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
   QKV_DYNAMIC_SHARED(shared_bytes);
   QKV_SHARED(DecodeQuery<Shape>, queries, 2); // of this piece and of the next, in turn
   QKV_SHARED(DecodeWork, works, 1);
-  QKV_SHARED(DecodeWarp, warps, Shape::kWarps);
+  QKV_SHARED(DecodeWarp<Shape>, warps, Shape::kWarps);
   float *shared = reinterpret_cast<float *>(shared_bytes);
   DecodeWork &work = works[0];
-  DecodeWarp &warp = warps[warp_index()];
+  DecodeWarp<Shape> &warp = warps[warp_index()];
   const quantkv_half &k = params.op.cache.k, &v = params.op.cache.v;
   DecodeTile<Shape> next; // the tile on its way
   PartLoader<Shape> loaders[Shape::kParts];
@@ -313,10 +318,22 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     QKV_UNROLL
     for (int i = 0; i < Shape::kParts; i++) loaders[i].values(v, tile.parts[i].v);
   };
-  auto load_scales = [&] {
+  // Those of tile n of this piece, which may be the first of the next one. Always a group, be it empty.
+  auto load_scales = [&](int32_t n, bool load) {
     if constexpr (Dynamic) {
+      TileScales *const scales = warp.scales_of(n);
       QKV_UNROLL
-      for (int i = 0; i < Shape::kParts; i++) loaders[i].scales(params, next.parts[i].k_dynamic, next.parts[i].v_dynamic);
+      for (int i = 0; i < Shape::kParts; i++) {
+        if (load) loaders[i].scales(params, scales[i]);
+      }
+      copy_async_commit();
+    }
+  };
+  auto take_scales = [&](DecodeTile<Shape> &tile, int32_t n) {
+    if constexpr (Dynamic) {
+      copy_async_wait<1>(); // the next tile's may be on their way
+      sync_warp();
+      tile.scales = warp.scales_of(n);
     }
   };
   auto load_first = [&](int32_t number) {
@@ -324,7 +341,7 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     aim(number, Tiles(params, work.at(number).piece).position(0));
     load_keys();
     if constexpr (!Shape::kNothingAhead) load_values(next);
-    load_scales();
+    load_scales(0, true);
   };
   // The first two pieces. A plan of an earlier call is not what the kernel before this one writes: there is no need to wait to read it.
   if (!params.op.plan_is_ready) wait_for_previous_kernel();
@@ -341,12 +358,16 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
   allow_next_kernel();
   if (!any_work) return;
   begin_piece(0);
+  if constexpr (Shape::kRereads) {
+    if (lane_index() == 0) warp.tiles_before = 0;
+    sync_warp();
+  }
   load_first(0);
   copy_async_wait<0>();
   make_query(queries[0], params, work.at(0).piece, warp.k_scale[lane_index()]);
   sync_threads();
 
-  for (int32_t number = 0;; number++) {
+  for (int32_t number = 0;; number = Shape::kRereads ? warp.next_number : number + 1) {
     const DecodeWork::Found &found = work.at(number), &next_found = work.at(number + 1);
     const Piece &piece = found.piece;
     const DecodeQuery<Shape> &query = queries[number % 2];
@@ -390,12 +411,10 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
             is_last ? Tiles(params, next_found.piece).position(0) : tile.position + Shape::kWarps * Shape::kTile);
         if constexpr (!Shape::kNothingAhead) load_keys();
         if constexpr (Shape::kValuesAhead) load_values(next);
-        load_scales();
       }
-      if (!tile.whole) {
-        QKV_UNROLL
-        for (int i = 0; i < Shape::kParts; i++) tile.parts[i].drop_missing(piece, tile.position + i * Shape::kPart);
-      }
+      load_scales(n + 1, load);
+      take_scales(tile, n);
+      if (!tile.whole) tile.drop_missing(piece);
       QKV_UNROLL
       for (int i = 0; i < Shape::kParts; i++) make_scores(c[i], params, piece, tile, i, query);
       uint32_t p[Shape::kParts][RowTiles][2];
@@ -410,6 +429,13 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
       }
       if constexpr (Shape::kLooksLate) {
         if (n == 0 && !is_last) go_on();
+      }
+    }
+    if constexpr (Shape::kRereads) {
+      sync_warp(); // no lane has still to read what they were
+      if (lane_index() == 0) {
+        warp.next_number = number + 1;
+        warp.tiles_before += tiles.count;
       }
     }
     sync_threads(); // nobody reads states of the piece before any more

@@ -73,7 +73,7 @@ QKV_DEVICE void multiply_lines(float (&c)[1][4], const TilePart<Shape> &part, co
       }
     }
   }
-  const bool odd = lane_index() / 4 % 2 != 0;
+  const bool odd = Shape::reread_lane() / 4 % 2 != 0;
   QKV_UNROLL
   for (int j = 0; j < 4; j++) {
     const float mine = odd ? sums[1][1][j] : sums[0][0][j], others = odd ? sums[0][1][j] : sums[1][0][j];

@@ -45,16 +45,22 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
 
   // What a lane keeps: O, K, V, and what softmax needs. Two tiles of V (the one in use, the one on its way) are better,
   // where 3 blocks an SM have the registers for them. Measured limits: nothing spills.
-  static constexpr int kKept = RowTiles * (kSteps * 4 + 12) + kParts * (2 * kWordsK + 4 * kWordsV + (Dynamic ? 12 : 0));
+  static constexpr int kKept = RowTiles * (kSteps * 4 + 12) + kParts * (2 * kWordsK + 4 * kWordsV);
   static constexpr int kWithAhead = kKept + kParts * 4 * kWordsV;
   static constexpr int kMostOfThree = RowTiles == 1 ? 120 : 136;
   static constexpr int kMostBlocks = kWithAhead <= 92 ? 4 : kWithAhead <= kMostOfThree || kKept <= 104 ? 3 : 2;
-  static constexpr bool kValuesAhead = kWithAhead <= (kMostBlocks == 3 ? kMostOfThree : 200);
+  static constexpr bool kValuesAhead = kWithAhead <= (kMostBlocks == 3 ? kMostOfThree : kDynamic ? 188 : 200);
   // Not even K of the next tile beside V of this one: V is asked for when K is used up, and the other way round.
   static constexpr bool kNothingAhead = kKept > 200;
   // Where there are registers to spare beside a tile on its way, the next piece is looked for between two tiles.
   static constexpr bool kLooksLate = kWithAhead <= 184;
   static constexpr bool kFits = kKept <= 204;
+
+  // Where scales are dynamic, and by the compiler for sm_100 and newer, there is no register for what follows from these: it is
+  // computed again.
+  static constexpr bool kRereads = kDynamic || QKV_COMPUTE_CAPABILITY >= 100;
+  static QKV_DEVICE int reread_lane() { return kRereads ? forget(lane_index()) : lane_index(); }
+  static QKV_DEVICE int reread_thread() { return kRereads ? reread_thread_index() : thread_index(); }
 
   // Which token of a part this lane's scores c[2 * pair], c[2 * pair + 1] are of. Rarely asked for: not to be kept.
   static QKV_DEVICE int score_token(int pair) {
@@ -70,9 +76,11 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   // Registers of three blocks may be enough for this shape, of which two a multiprocessor are faster (192 channels of 8 bits).
   static constexpr bool kMayFitMore = kMostBlocks == 2 && kWithAhead < 140;
 
-  // Before Hopper addresses and conversions take a few registers more; for 16 rows the compiler for sm_100 and newer, too.
+  // Before Hopper addresses and conversions take a few registers more; the compiler for sm_100 and newer, too, for 16 rows and
+  // for dynamic scales.
   static constexpr int blocks_on(int compute_capability) {
     if (compute_capability >= 100 && kMostBlocks == 3 && kWithAhead > 120) return 2;
+    if (compute_capability >= 100 && kMostBlocks == 4 && kDynamic) return 3;
     return compute_capability >= 90 || kMostBlocks == 1 ? kMostBlocks : kMostBlocks - 1;
   }
 
@@ -208,6 +216,11 @@ struct PartHalves {
   }
 };
 
+// Dynamic scales of 16 tokens, in shared memory.
+struct TileScales {
+  float k[16], v[16];
+};
+
 template <int Width, int Words, int Lanes> QKV_DEVICE void load_row(uint32_t (&out)[Words], const unsigned char *row) {
   constexpr int count = Width / 4;
   QKV_UNROLL
@@ -299,17 +312,16 @@ template <class Shape> struct PartLoader {
     }
   }
 
-  // Scales of the tokens of this lane's scores.
-  QKV_DEVICE void scales(const AttentionParams &params, float (&k)[2], float (&v)[2]) const {
-    const quantkv_cache &cache = params.op.cache;
-    QKV_UNROLL
-    for (int i = 0; i < 2; i++) {
-      const int32_t token = Shape::score_token(i);
-      const bool upper = token >= 8;
-      const int64_t index = dynamic_scale_index(params.paging, larger_of(upper ? high : low, 0), kv_head,
-                                                (upper ? slot_high : slot) + token % 8);
-      k[i] = cache.k.dynamic != nullptr ? cache.k.dynamic[index] : 1.0f;
-      v[i] = cache.v.dynamic != nullptr ? cache.v.dynamic[index] : 1.0f;
+  // Asks for the scales of the part's rows; a lane has one, of token lane % 16, of K or from lane 16 on of V.
+  QKV_DEVICE void scales(const AttentionParams &params, TileScales &to) const {
+    const int32_t lane = forget(lane_index()), token = lane % Shape::kPart;
+    const bool upper = token >= 8, of_values = lane >= Shape::kPart;
+    const float *from = of_values ? params.op.cache.v.dynamic : params.op.cache.k.dynamic;
+    float *const own = of_values ? &to.v[token] : &to.k[token];
+    if (from == nullptr) {
+      *own = 1.0f;
+    } else {
+      copy_async_4(own, from + dynamic_scale_index(params.paging, larger_of(upper ? high : low, 0), kv_head, (upper ? slot_high : slot) + token % 8));
     }
   }
 };
@@ -317,7 +329,6 @@ template <class Shape> struct PartLoader {
 // What a lane has of 16 tokens.
 template <class Shape> struct TilePart {
   uint32_t k[2][Shape::kWordsK], v[4][Shape::kWordsV];
-  float k_dynamic[2], v_dynamic[2];
   PartHalves halves;
 
   // Zeroes what no product may meet: values of tokens the piece does not have, whatever bits are there. Their weight is
@@ -329,10 +340,6 @@ template <class Shape> struct TilePart {
       QKV_UNROLL
       for (int i = 0; i < Shape::kWordsV; i++) v[row][i] = 0;
     }
-    QKV_UNROLL
-    for (int pair = 0; pair < 2; pair++) {
-      if (!halves.has(piece, position, Shape::score_token(pair))) v_dynamic[pair] = kSmallestScale;
-    }
   }
 };
 
@@ -341,6 +348,7 @@ template <class Shape> struct DecodeTile {
   TilePart<Shape> parts[Shape::kParts];
   int32_t position;
   bool whole; // every token is there and every row sees it
+  TileScales *scales; // of its parts, if they are dynamic
 
   QKV_DEVICE bool has_all_halves() const {
     bool all = true;
@@ -348,6 +356,24 @@ template <class Shape> struct DecodeTile {
     for (int i = 0; i < Shape::kParts; i++) all = all && parts[i].halves.both();
     return all;
   }
+
+  // Zeroes what no product may meet: values of tokens the piece does not have, and their scales.
+  QKV_DEVICE void drop_missing(const Piece &piece) {
+    QKV_UNROLL
+    for (int part = 0; part < Shape::kParts; part++) {
+      const int32_t first = position + part * Shape::kPart;
+      parts[part].drop_missing(piece, first);
+      if constexpr (Shape::kDynamic) {
+        const int32_t lane = reread_thread_index() % kWarp; // rarely asked for: not to be kept
+        if (lane < Shape::kPart && !parts[part].halves.has(piece, first, lane)) scales[part].v[lane] = kSmallestScale;
+        sync_warp();
+      }
+    }
+  }
+
+  // The dynamic scales of this lane's score `pair` in a part.
+  QKV_DEVICE float key_scale(int part, int pair) const { return scales[part].k[Shape::score_token(pair)]; }
+  QKV_DEVICE float value_scale(int part, int pair) const { return scales[part].v[Shape::score_token(pair)]; }
 };
 
 } // namespace quantkv

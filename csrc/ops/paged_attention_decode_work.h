@@ -46,7 +46,15 @@ struct DecodeWork {
 };
 
 // What a warp keeps of its own pieces there.
-struct DecodeWarp {
+template <class Shape> struct DecodeWarp {
+  // Dynamic scales of tiles, in turn: while one's are read another's are copied, and a third's may still be read.
+  static constexpr int kTiles = Shape::kDynamic ? 4 : 1;
+  TileScales scales[kTiles][Shape::kDynamic ? Shape::kParts : 1];
+
+  QKV_DEVICE TileScales *scales_of(int32_t tile) { return scales[(tiles_before + tile) % kTiles]; }
+
+  uint32_t tiles_before; // of pieces before this one
+  int32_t next_number;   // the next piece's
   int32_t blocks[kWarp]; // of the first batch of tiles of the next piece, a lane
   float k_scale[kWarp];  // of the next piece's head, the same for every lane
   float v_scale[2];      // of this piece's head and of the next one's, in turn, unless scales are by channel

@@ -27,15 +27,21 @@ template <int N> void streams(Report &report, const char *name) {
 // and point past the end of the buffer, where nothing may be read.
 constexpr int kStages = 4, kThreads = 64;
 
-QKV_KERNEL void copy_async_kernel(const Words<4> *in, int tiles, Words<4> *out) {
+// T: 16 bytes, of which some are zeros; or 4.
+template <class T> QKV_KERNEL void copy_async_kernel(const T *in, int tiles, T *out) {
   QKV_DYNAMIC_SHARED(bytes);
-  Words<4> *ring = reinterpret_cast<Words<4> *>(bytes); // [kStages][kThreads]
+  T *ring = reinterpret_cast<T *>(bytes); // [kStages][kThreads]
   int thread = thread_index();
   auto start = [&](int tile) {
     if (tile < tiles) {
-      bool valid = tile % 3 != 2 || thread % 2 == 0;
-      const Words<4> *source = valid ? in + tile * kThreads + thread : in + tiles * kThreads + thread;
-      copy_async_16(&ring[(tile % kStages) * kThreads + thread], source, valid);
+      T *to = &ring[(tile % kStages) * kThreads + thread];
+      if constexpr (sizeof(T) == 16) {
+        bool valid = tile % 3 != 2 || thread % 2 == 0;
+        const T *source = valid ? in + tile * kThreads + thread : in + tiles * kThreads + thread;
+        copy_async_16(to, source, valid);
+      } else {
+        copy_async_4(to, in + tile * kThreads + thread);
+      }
     }
     copy_async_commit(); // empty past the end: the count of groups stays in step
   };
@@ -51,27 +57,26 @@ QKV_KERNEL void copy_async_kernel(const Words<4> *in, int tiles, Words<4> *out) 
   copy_async_wait<0>();
 }
 
-void copies(Report &report) {
-  constexpr int kTiles = 37;
-  std::vector<uint32_t> words = random_words(kTiles * kThreads * 4, 31);
-  std::vector<Words<4>> in(kTiles * kThreads);
+template <class T> void copies(Report &report, const char *name) {
+  constexpr int kTiles = 37, kWords = sizeof(T) / 4;
+  std::vector<uint32_t> words = random_words(kTiles * kThreads * kWords, 31);
+  std::vector<T> in(kTiles * kThreads);
   std::memcpy(in.data(), words.data(), words.size() * 4);
-  Array<Words<4>> input(in), output(in.size());
+  Array<T> input(in), output(in.size());
   Grid grid{1, 1, 1};
-  check(QKV_LAUNCH((copy_async_kernel), grid, kThreads, kStages * kThreads * sizeof(Words<4>), nullptr, input.get(),
-                   kTiles, output.get()),
+  check(QKV_LAUNCH((copy_async_kernel<T>), grid, kThreads, kStages * kThreads * sizeof(T), nullptr, input.get(), kTiles, output.get()),
         "copy_async");
-  std::vector<Words<4>> got = output.read();
+  std::vector<T> got = output.read();
   uint64_t wrong = 0;
   for (int tile = 0; tile < kTiles; tile++) {
     for (int thread = 0; thread < kThreads; thread++) {
       int from = thread ^ 1;
-      Words<4> want = {};
-      if (tile % 3 != 2 || from % 2 == 0) want = in[tile * kThreads + from];
+      T want = {};
+      if (kWords == 1 || tile % 3 != 2 || from % 2 == 0) want = in[tile * kThreads + from];
       wrong += std::memcmp(&want, &got[tile * kThreads + thread], sizeof want) != 0;
     }
   }
-  report.line("copy_async_16, commit, wait", got.size(), wrong);
+  report.line(name, got.size(), wrong);
 }
 
 // A word as another kernel left it, with its line of L2 asked for before; and the last word of the buffer, beyond which
@@ -174,7 +179,8 @@ void test_memory(Report &report, uint64_t) {
   streams<1>(report, "load_stream, 4 bytes");
   streams<2>(report, "load_stream, 8 bytes");
   streams<4>(report, "load_stream, 16 bytes");
-  copies(report);
+  copies<Words<4>>(report, "copy_async_16, commit, wait");
+  copies<uint32_t>(report, "copy_async_4, commit, wait");
   unsettled(report);
   handing(report);
   overlap(report);

@@ -325,7 +325,15 @@ inline void copy_async_16(void *shared, const void *global, bool valid) {
     const auto *bytes = static_cast<const volatile unsigned char *>(global);
     (void)bytes[0], (void)bytes[15];
   }
-  simt::current->copies.push_back({shared, valid ? global : nullptr});
+  simt::current->copies.push_back({shared, valid ? global : nullptr, 16});
+}
+inline void copy_async_4(void *shared, const void *global) {
+  simt::check_aligned("copy_async_4, destination", shared, 4);
+  simt::check_shared("copy_async_4, destination", shared, 4);
+  simt::check_aligned("copy_async_4, source", global, 4);
+  simt::check_global("copy_async_4, source", global, 4);
+  (void)*static_cast<const volatile uint32_t *>(global);
+  simt::current->copies.push_back({shared, global, 4});
 }
 inline void copy_async_commit() {
   simt::Lane &lane = *simt::current;
@@ -339,7 +347,7 @@ template <int N> void copy_async_wait() {
     const size_t count = lane.groups.front();
     for (size_t i = 0; i < count; i++) {
       const simt::AsyncCopy &copy = lane.copies[i];
-      copy.global ? memcpy(copy.shared, copy.global, 16) : memset(copy.shared, 0, 16);
+      copy.global ? memcpy(copy.shared, copy.global, copy.bytes) : memset(copy.shared, 0, copy.bytes);
     }
     lane.copies.erase(lane.copies.begin(), lane.copies.begin() + static_cast<ptrdiff_t>(count));
     lane.groups.erase(lane.groups.begin());

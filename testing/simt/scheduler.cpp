@@ -123,16 +123,28 @@ std::string block_text() {
   return text;
 }
 
+// Where threads wait, and the first and the number of those at each place.
 std::string deadlock_text() {
-  constexpr int kNamed = 6;
-  std::string text = block_text() + ": deadlock, a barrier or collective that some threads do not reach:";
+  struct Place {
+    std::string name;
+    int first, count;
+  };
+  std::vector<Place> places;
   int waiting = 0;
   for (int i = 0; i < block.size; i++) {
     const Lane &lane = block.lanes[i];
-    if (lane.state == State::Done || waiting++ >= kNamed) continue;
-    text += std::string(" thread ") + std::to_string(i) + " in " + lane.waits_for + " at " + text_of(lane.site) + ";";
+    if (lane.state == State::Done) continue;
+    waiting++;
+    const std::string name = std::string(lane.waits_for) + " at " + text_of(lane.site);
+    const auto known = std::find_if(places.begin(), places.end(), [&](const Place &place) { return place.name == name; });
+    if (known == places.end()) places.push_back({name, i, 1});
+    else known->count++;
   }
-  if (waiting > kNamed) text += " ...;";
+  std::string text = block_text() + ": deadlock, a barrier or collective that some threads do not reach:";
+  for (const Place &place : places) {
+    text += " thread " + std::to_string(place.first) + " in " + place.name;
+    text += place.count > 1 ? " and " + std::to_string(place.count - 1) + " more;" : ";";
+  }
   return text + " " + std::to_string(waiting) + " wait, " + std::to_string(block.done) + " returned";
 }
 

@@ -51,6 +51,7 @@ using Complete = void (*)(const Deposits &);
 struct AsyncCopy {
   void *shared;
   const void *global; // null: zeros
+  size_t bytes;
 };
 
 // A product of a warpgroup (prim_hopper.h), issued and not yet done.
