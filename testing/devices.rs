@@ -100,14 +100,6 @@ impl Device {
         matches!(self, Device::Cpu(_))
     }
 
-    pub fn is_cuda(&self) -> bool {
-        match self {
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) => true,
-            _ => false,
-        }
-    }
-
     /// Whether attention over 16-bit activations may use 16-bit products.
     pub fn has_tensor_cores(&self) -> bool {
         match self {

@@ -233,9 +233,6 @@ impl Device {
                 samples.push(f64::from(ms) * 1e3);
             }
         }
-        // As long again to rest: the device's power is capped on average, and what is timed next would find lower clocks.
-        let busy: f64 = samples.iter().sum();
-        std::thread::sleep(std::time::Duration::from_micros((busy as u64).min(2_000_000)));
         Ok(samples)
     }
 

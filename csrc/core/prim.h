@@ -312,7 +312,7 @@ QKV_DEVICE void copy_async_16(void *shared, const void *global, bool valid) {
   *static_cast<Words<4> *>(shared) = words;
 #endif
 }
-// The same of 4 bytes.
+// The same of 4 bytes, always read.
 QKV_DEVICE void copy_async_4(void *shared, const void *global) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
