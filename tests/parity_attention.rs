@@ -75,15 +75,16 @@ fn every_length_around_a_block() {
 /// of a tile, whatever the blocks.
 #[test]
 fn every_length_around_a_tile() {
-    for dim in [64, 128] {
+    let layouts = [CacheLayout::Nhd, CacheLayout::VllmPacked];
+    for (layout, dim) in layouts.into_iter().flat_map(|layout| [(layout, 64), (layout, 128)]) {
         for block_size in [8, 16, 64] {
             let lengths = [1, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40, 48, 49, 65, 97, 161];
             let blocks = lengths.iter().map(|length: &usize| length.div_ceil(block_size)).sum();
-            let geometry = Geometry::plain(CacheLayout::Nhd, (1, dim), (block_size, blocks), KvFormat::Fp8E4M3);
+            let geometry = Geometry::plain(layout, (1, dim), (block_size, blocks), KvFormat::Fp8E4M3);
             for window in [None, Some(21)] {
                 let sequences = lengths.iter().map(|length| (length - 1, 1)).collect();
                 let parameters = Parameters { dtype: DType::BF16, window, ..simple(geometry, 2, sequences) };
-                check_all(&build(&parameters), (dim, block_size, window));
+                check_all(&build(&parameters), (layout, dim, block_size, window));
             }
         }
     }
@@ -149,9 +150,12 @@ fn vllm_decode_shapes() {
 /// nobody else has filled them.
 #[test]
 fn poison_follows_the_last_token() {
-    for (layout, dim, block_size) in
-        [(CacheLayout::Hnd, 128, 16), (CacheLayout::Nhd, 64, 32), (CacheLayout::Hnd, 64, 8)]
-    {
+    for (layout, dim, block_size) in [
+        (CacheLayout::Hnd, 128, 16),
+        (CacheLayout::Nhd, 64, 32),
+        (CacheLayout::Hnd, 64, 8),
+        (CacheLayout::VllmPacked, 128, 8),
+    ] {
         for (format, dynamic) in [
             (KvFormat::F16, false),
             (KvFormat::BF16, false),

@@ -1,4 +1,4 @@
 // The decode kernel over F16 caches.
 #include "paged_attention_decode.h"
 
-QKV_INSTANTIATE_DECODE(Format::F16)
+QKV_INSTANTIATE_DECODE(Format::F16, Order::Rows)

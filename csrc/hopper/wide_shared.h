@@ -12,6 +12,7 @@ template <Format F, int Rows> struct WideShape {
   static_assert(Rows == 32 || Rows == 64, "n of the products");
   static constexpr int kRows = Rows, kRowTiles = Rows / 8;
   static constexpr int kDim = 128, kElement = 1, kWarps = 4, kThreads = kWarps * kWarp;
+  static constexpr bool kPacked = false; // rows
   static constexpr int kPart = 16, kParts = 1, kTokens = kWarps * kPart;
   static constexpr int kBlocks = Rows <= 32 ? 4 : 2; // of a multiprocessor
   static constexpr int kValueSlots = 3;

@@ -16,6 +16,8 @@
 //       of two tokens are interleaved by byte_permute before they are widened.
 //   S   of tokens g and g + 8, rows 2t and 2t + 1; P becomes the second product's operand by transpose_8x8
 //   O   of two channels a 16-row tile of O^T, rows 2t and 2t + 1
+// Where rows are packed as vLLM does (Order::Packed), four tokens of a channel of V lie side by side, which is what the
+// product wants: a lane holds those of tokens 4t .. 4t + 3, and K and S accordingly.
 //
 // The four warps of a block take tiles in turn, each with a softmax state of its own, and merge them in shared memory
 // when the piece ends. The loads of a tile are issued before the products of the one before it are used up, but for tiles
@@ -32,8 +34,9 @@ namespace quantkv {
 constexpr int kTilesAhead = 2;
 
 // A row of O in shared memory: where channels `channel` and the next one (even, odd) are, of a row of kStride. They are
-// o[..][tile][0], [2] of the lanes 4g + t.
+// o[..][tile][0], [2] of the lanes 4g + t; or packed o[..][tile][0] or [2] of neighbours g, all of a tile side by side.
 template <class Shape> QKV_DEVICE int shared_pair(int channel) {
+  if constexpr (Shape::kPacked) return channel / 16 * Shape::kTileStride + channel % 16;
   constexpr int width = Shape::kWidthV, element = Shape::kElement;
   const int byte = channel * element, g = byte / width % 8;
   const int tile = (byte / (8 * width) * width + byte % width) / (2 * element); // of the lane's share of a row
@@ -203,8 +206,14 @@ template <class Shape> QKV_DEVICE void share_state(DecodeState<Shape> &state, fl
       QKV_UNROLL
       for (int tile = 0; tile < Shape::kSteps; tile++) {
         const float unit = Shape::kDynamic ? inverse_of(state.v_inverse) : 1.0f;
-        const Words<2> pair = {{bits_of(state.o[i][tile][j] * unit), bits_of(state.o[i][tile][2 + j] * unit)}};
-        *reinterpret_cast<Words<2> *>(shared + row * Shape::kStride + tile * Shape::kTileStride + 2 * g) = pair;
+        const float first = state.o[i][tile][j] * unit, second = state.o[i][tile][2 + j] * unit;
+        float *const to = shared + row * Shape::kStride + tile * Shape::kTileStride;
+        if constexpr (Shape::kPacked) {
+          to[g] = first;
+          to[8 + g] = second;
+        } else {
+          *reinterpret_cast<Words<2> *>(to + 2 * g) = {{bits_of(first), bits_of(second)}};
+        }
       }
     }
   }
@@ -263,16 +272,16 @@ QKV_DEVICE void write_rows(const AttentionParams &params, const WorkList &list, 
 }
 
 // Grid: one block a worker of the list. Shared: Shape::kSharedBytes, or more. Asks for: K and V of format F and head dim D, rows
-// contiguous and aligned to kWidthK and kWidthV; 16-bit activations, bf16 ones if F is bf16; rows of the list <= kRows.
+// contiguous and aligned to kWidthK and kWidthV, or packed, runs of 8 slots aligned; 16-bit activations, bf16 ones if F is bf16; rows of the list <= kRows.
 //
 // Memory must never idle: before a warp has finished a piece it has found the next one, asked for its queries, and
 // issued the loads of its first tile there. Before the kernel before this one has ended, L2 is asked for the first tiles.
-template <Format F, int D, int RowTiles, bool Dynamic>
-QKV_KERNEL QKV_LAUNCH_BOUNDS((DecodeShape<F, D, RowTiles, Dynamic>::kThreads),
-                             (DecodeShape<F, D, RowTiles, Dynamic>::blocks_on(QKV_COMPUTE_CAPABILITY)))
+template <Format F, int D, int RowTiles, bool Dynamic, Order O>
+QKV_KERNEL QKV_LAUNCH_BOUNDS((DecodeShape<F, D, RowTiles, Dynamic, O>::kThreads),
+                             (DecodeShape<F, D, RowTiles, Dynamic, O>::blocks_on(QKV_COMPUTE_CAPABILITY)))
 void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_GRID_CONSTANT const WorkList list) {
 #if QKV_HAS_TENSOR_CORES
-  using Shape = DecodeShape<F, D, RowTiles, Dynamic>;
+  using Shape = DecodeShape<F, D, RowTiles, Dynamic, O>;
   using Tiles = DecodeTiles<Shape>;
   QKV_DYNAMIC_SHARED(shared_bytes);
   QKV_SHARED(DecodeQuery<Shape>, queries, 2); // of this piece and of the next, in turn
@@ -316,7 +325,7 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
   };
   auto load_values = [&](DecodeTile<Shape> &tile) {
     QKV_UNROLL
-    for (int i = 0; i < Shape::kParts; i++) loaders[i].values(v, tile.parts[i].v);
+    for (int i = 0; i < Shape::kParts; i++) loaders[i].values(v, tile.parts[i]);
   };
   // Those of tile n of this piece, which may be the first of the next one. Always a group, be it empty.
   auto load_scales = [&](int32_t n, bool load) {
@@ -420,7 +429,10 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
       uint32_t p[Shape::kParts][RowTiles][2];
       make_weights(p, c, state, tile);
       QKV_UNROLL
-      for (int i = 0; i < Shape::kParts; i++) multiply_values<F>(state.o, tile.parts[i], p[i]);
+      for (int i = 0; i < Shape::kParts; i++) {
+        if constexpr (Shape::kPacked) multiply_packed_values<F>(state.o, tile.parts[i], p[i]);
+        else multiply_values<F>(state.o, tile.parts[i], p[i]);
+      }
       if constexpr (!Shape::kValuesAhead) {
         if (load) {
           if constexpr (Shape::kNothingAhead) load_keys();

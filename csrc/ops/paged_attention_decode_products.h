@@ -81,6 +81,27 @@ QKV_DEVICE void multiply_lines(float (&c)[1][4], const TilePart<Shape> &part, co
   }
 }
 
+// o += V^T p of packed values, of which a word is tokens of one channel, as the product wants them: rows g are channels g of each 16.
+template <Format F, class Shape, int RowTiles>
+QKV_DEVICE void multiply_packed_values(float (&o)[RowTiles][Shape::kSteps][4], const TilePart<Shape> &part,
+                                       const uint32_t (&p)[RowTiles][2]) {
+  QKV_UNROLL
+  for (int step = 0; step < Shape::kSteps; step++) {
+    uint32_t a[4];
+    QKV_UNROLL
+    for (int i = 0; i < 2; i++) {
+      if constexpr (is_quantized(F)) {
+        decode4_to_f16<F>(part.packed_v(2 * step + i, 0), a[i], a[2 + i]);
+      } else {
+        a[i] = part.packed_v(2 * step + i, 0);
+        a[2 + i] = part.packed_v(2 * step + i, 1);
+      }
+    }
+    QKV_UNROLL
+    for (int i = 0; i < RowTiles; i++) mma_16816<Shape>(o[i][step], a, p[i][0], p[i][1]);
+  }
+}
+
 // o += V^T p.
 template <Format F, class Shape, int RowTiles>
 QKV_DEVICE void multiply_values(float (&o)[RowTiles][Shape::kSteps][4], const TilePart<Shape> &part,

@@ -16,11 +16,18 @@ constexpr int load_width(int bytes, int lanes) {
   return bytes / lanes % 16 == 0 ? 16 : bytes / lanes % 8 == 0 ? 8 : 4;
 }
 
+// How blocks hold the rows of a head: each row side by side, or as vLLM packed them, K in runs of 16 bytes of all slots, V in
+// runs of all slots a channel.
+enum class Order { Rows, Packed };
+
+constexpr int kPackedRun = 16; // bytes of a K row that lie side by side when packed
+
 // The numbers of one instantiation: format F of K and V, head dim D of both, tiles of 8 query rows, dynamic scales.
-template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
+template <Format F, int D, int RowTiles, bool Dynamic, Order O> struct DecodeShape {
   static_assert(F != Format::F32, "f32 is not a tensor core type here");
   static_assert(D % 32 == 0, "a lane's share of a V row is whole words");
   static_assert(!Dynamic || is_quantized(F), "only quantized rows have scales");
+  static_assert(!Dynamic || O == Order::Rows, "scales of packed rows are not looked for");
   static constexpr int kElement = bytes_of(F);
   // Tokens of a product, and of the tile a warp takes at a time: several products where rows are short, so that a lane has
   // 64 bytes of K and V on their way.
@@ -28,6 +35,7 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   static constexpr int kTile = kParts * kPart;
   static constexpr int kDim = D;
   static constexpr bool kDynamic = Dynamic;
+  static constexpr bool kPacked = O == Order::Packed;
   static constexpr int kWarps = 4;
   static constexpr int kRowTiles = RowTiles;
   static constexpr int kThreads = kWarps * kWarp;
@@ -40,7 +48,7 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   static constexpr bool kBf16 = F == Format::BF16;  // bf16 products; else f16
   // K is loaded in whole lines of L2, eight lanes a line, where rows are whole lines and the product that it takes has
   // registers for its sums: see multiply_lines().
-  static constexpr bool kWholeLines = RowTiles == 1 && D * kElement % kLine == 0;
+  static constexpr bool kWholeLines = !kPacked && RowTiles == 1 && D * kElement % kLine == 0;
   static constexpr int kLines = D * kElement / kLine; // of a row
 
   // What a lane keeps: O, K, V, and what softmax needs. Two tiles of V (the one in use, the one on its way) are better,
@@ -65,11 +73,13 @@ template <Format F, int D, int RowTiles, bool Dynamic> struct DecodeShape {
   // Which token of a part this lane's scores c[2 * pair], c[2 * pair + 1] are of. Rarely asked for: not to be kept.
   static QKV_DEVICE int score_token(int pair) {
     const int g = forget(lane_index()) / 4;
+    if (kPacked) return g / 2 * 4 + g % 2 + 2 * pair; // so that a lane's values are of four that lie side by side
     return kWholeLines ? g % 2 * 8 + g / 2 + 4 * pair : g + 8 * pair;
   }
   // Which token this lane's row `row` of V is. Rows 0 .. 3 meet the weights of c's rows 2t, 2t + 1, 2t + 8, 2t + 9.
   static QKV_DEVICE int value_token(int row) {
     const int t = forget(lane_index()) % 4;
+    if (kPacked) return 4 * t + row;
     return kWholeLines ? t + 8 * (row % 2) + 4 * (row / 2) : 2 * t + row % 2 + 8 * (row / 2);
   }
 
@@ -117,8 +127,15 @@ template <class Shape> struct DecodeTiles {
   QKV_DEVICE Words<4> bases() const {
     const uint32_t lane = forget(lane_index()), g = lane / 4, t = lane % 4;
     const quantkv_cache &cache = params.op.cache;
-    const uint64_t k = base(cache.k, Shape::kWholeLines ? lane / 8 : g, (Shape::kWholeLines ? lane % 8 : t) * Shape::kWidthK);
-    const uint64_t v = base(cache.v, Shape::kWholeLines ? t : 2 * t, g * Shape::kWidthV);
+    uint64_t k, v;
+    if constexpr (Shape::kPacked) {
+      const uint32_t mask = halved() ? 7 : 15, part = t * Shape::kWidthK;
+      k = base(cache.k, Shape::score_token(0) & mask, part / kPackedRun * bytes(cache.k.map.chunk_stride) + part % kPackedRun);
+      v = base(cache.v, 4 * t & mask, g * bytes(cache.v.map.chunk_stride));
+    } else {
+      k = base(cache.k, Shape::kWholeLines ? lane / 8 : g, (Shape::kWholeLines ? lane % 8 : t) * Shape::kWidthK);
+      v = base(cache.v, Shape::kWholeLines ? t : 2 * t, g * Shape::kWidthV);
+    }
     return {{static_cast<uint32_t>(k), static_cast<uint32_t>(k >> 32), static_cast<uint32_t>(v), static_cast<uint32_t>(v >> 32)}};
   }
 
@@ -159,27 +176,36 @@ template <class Shape> struct DecodeTiles {
 
   // Asks L2 for the first tiles of the piece, before the kernel may read anything: tables and the cache may be in the
   // making, and what they hold now says no more than where it is worth while to look. A lane has a row of each part,
-  // lane % 16 of K or from lane 16 on of V.
+  // lane % 16 of K or from lane 16 on of V; or, packed, as much of all 16.
   QKV_DEVICE void prefetch(int32_t tiles) const {
     const quantkv_cache &cache = params.op.cache;
     const int32_t *at = entry(0);
     const int32_t now = at != nullptr ? load_unsettled(at) : -1, blocks = is_block(params.paging, now) ? now : -1;
-    const int32_t lane = forget(lane_index()), row = lane & (halved() ? 7 : 15);
+    const int32_t lane = forget(lane_index()), own = lane % 16;
     const bool is_key = lane < 16;
     const quantkv_address_map &k = cache.k.map, &v = cache.v.map;
     const uint32_t slot_bytes = bytes(is_key ? k.slot_stride : v.slot_stride);
     const int64_t block_bytes = (is_key ? k.block_stride : v.block_stride) * Shape::kElement;
+    uint32_t first = (halved() ? own % 8 : own) * slot_bytes, step = kLine; // of this lane's lines
+    if constexpr (Shape::kPacked) {
+      // Two lanes share kPackedRun bytes of each row, which are a run of K, channels of V; a lane has half of their slots, or of V half
+      // of their channels.
+      const uint32_t chunk = bytes(is_key ? k.chunk_stride : v.chunk_stride), runs = is_key ? 1 : kPackedRun / Shape::kElement;
+      first = own / 2 * runs * chunk + (halved() ? 0 : own % 2 * (is_key ? kLine : runs / 2 * chunk));
+      step = kLine / kPackedRun * runs * chunk;
+    }
     const unsigned char *codes = static_cast<const unsigned char *>(is_key ? cache.k.codes : cache.v.codes) +
-                                 bytes(piece.kv_head * (is_key ? k.head_stride : v.head_stride)) + row * slot_bytes;
+                                 bytes(piece.kv_head * (is_key ? k.head_stride : v.head_stride)) + first;
     QKV_NO_UNROLL
     for (int32_t n = 0; n < tiles * Shape::kParts; n++) {
-      const int32_t block = shuffle(blocks, halved() ? 2 * n + lane % 16 / 8 : n);
+      const int32_t block = shuffle(blocks, halved() ? 2 * n + (Shape::kPacked ? own % 2 : own / 8) : n);
       const uint32_t at = position(n / Shape::kParts) + n % Shape::kParts * Shape::kPart;
       const uint32_t slot = at & ((1u << params.paging.block_shift) - 1);
       if (block < 0) continue;
       QKV_UNROLL
       for (int i = 0; i < Shape::kDim * Shape::kElement; i += kLine) {
-        prefetch_l2(codes + block * block_bytes + slot * slot_bytes + i);
+        if (Shape::kPacked && i + own * 8 >= Shape::kDim * Shape::kElement) break;
+        prefetch_l2(codes + block * block_bytes + slot * slot_bytes + i / kLine * step);
       }
     }
   }
@@ -221,11 +247,55 @@ struct TileScales {
   float k[16], v[16];
 };
 
-template <int Width, int Words, int Lanes> QKV_DEVICE void load_row(uint32_t (&out)[Words], const unsigned char *row) {
+// What a lane has of 16 tokens.
+template <class Shape> struct TilePart {
+  uint32_t k[2][Shape::kWordsK], v[4][Shape::kWordsV];
+  PartHalves halves;
+
+  // Word `j` of the four tokens' values of channel 8 * channel + g, where rows are packed.
+  QKV_DEVICE uint32_t &packed_v(int channel, int j) {
+    const int i = channel * Shape::kElement + j;
+    return v[i / Shape::kWordsV][i % Shape::kWordsV];
+  }
+  QKV_DEVICE uint32_t packed_v(int channel, int j) const { return const_cast<TilePart &>(*this).packed_v(channel, j); }
+
+  // Zeroes what no product may meet: values of tokens the piece does not have, whatever bits are there. Their weight is
+  // zero, but zero times NaN is not. (Their keys do no harm: the score is replaced.)
+  QKV_DEVICE void drop_missing(const Piece &piece, int32_t position) {
+    if constexpr (Shape::kPacked) {
+      drop_missing_packed(piece, position);
+    } else {
+      QKV_UNROLL
+      for (int row = 0; row < 4; row++) {
+        if (halves.has(piece, position, Shape::value_token(row))) continue;
+        QKV_UNROLL
+        for (int i = 0; i < Shape::kWordsV; i++) v[row][i] = 0;
+      }
+    }
+  }
+
+  QKV_DEVICE void drop_missing_packed(const Piece &piece, int32_t position) {
+    constexpr int kTokens = 4 / Shape::kElement; // of a word
+    uint32_t kept[Shape::kElement] = {};
+    QKV_UNROLL
+    for (int row = 0; row < 4; row++) {
+      const uint32_t element = (0xffffffffu >> (32 - 8 * Shape::kElement)) << row % kTokens * 8 * Shape::kElement;
+      if (halves.has(piece, position, Shape::value_token(row))) kept[row / kTokens] |= element;
+    }
+    QKV_UNROLL
+    for (int i = 0; i < 2 * Shape::kSteps; i++) {
+      QKV_UNROLL
+      for (int j = 0; j < Shape::kElement; j++) packed_v(i, j) &= kept[j];
+    }
+  }
+};
+
+// Runs of Width bytes, `step` apart.
+template <int Width, int Words> QKV_DEVICE void load_row(uint32_t (&out)[Words], const unsigned char *row, uint32_t step) {
   constexpr int count = Width / 4;
   QKV_UNROLL
   for (int i = 0; i < Words / count; i++) {
-    auto words = load_stream(reinterpret_cast<const quantkv::Words<count> *>(row + i * Lanes * Width));
+    auto words = load_stream(reinterpret_cast<const quantkv::Words<count> *>(row + i * step));
     QKV_UNROLL
     for (int j = 0; j < count; j++) out[i * count + j] = words.w[j];
   }
@@ -252,7 +322,13 @@ template <class Shape> struct PartLoader {
     slot = position & ((1u << params.paging.block_shift) - 1);
     slot_high = slot + 8;
     kv_head = head;
-    const uint64_t k_base = static_cast<uint64_t>(bases.w[1]) << 32 | bases.w[0], v_base = static_cast<uint64_t>(bases.w[3]) << 32 | bases.w[2];
+    if constexpr (Shape::kPacked) aim_packed(cache, bases);
+    else aim_rows(params, bases);
+  }
+
+  QKV_DEVICE void aim_rows(const AttentionParams &params, const Words<4> &bases) {
+    const quantkv_cache &cache = params.op.cache;
+    const uint64_t k_base = first_word(bases, 0), v_base = first_word(bases, 2);
     k[0] = row(k_base, cache.k, low, slot);
     v[0] = row(v_base, cache.v, low, slot);
     k[1] = k[0] + 8 * slot_bytes(cache.k);
@@ -263,6 +339,21 @@ template <class Shape> struct PartLoader {
       v[1] = row(v_base, cache.v, high, 0);
     }
   }
+
+  // All of a lane's tokens are of one half.
+  QKV_DEVICE void aim_packed(const quantkv_cache &cache, const Words<4> &bases) {
+    int32_t of_keys = low, of_values = low;
+    if (low != high) {
+      const int lane = forget(lane_index());
+      if (lane >= kWarp / 2) of_keys = high; // g >= 4
+      if (lane % 4 >= 2) of_values = high;
+    }
+    k[0] = row(first_word(bases, 0), cache.k, of_keys, slot);
+    k[1] = k[0] + 2 * kPackedRun; // two tokens on
+    v[0] = row(first_word(bases, 2), cache.v, of_values, slot);
+  }
+
+  static QKV_DEVICE uint64_t first_word(const Words<4> &bases, int i) { return static_cast<uint64_t>(bases.w[i + 1]) << 32 | bases.w[i]; }
 
   static QKV_DEVICE uint32_t slot_bytes(const quantkv_half &half) { return DecodeTiles<Shape>::bytes(half.map.slot_stride); }
 
@@ -292,22 +383,37 @@ template <class Shape> struct PartLoader {
         }
       }
     } else {
+      const uint32_t step = Shape::kPacked ? 4 * Shape::kWidthK / kPackedRun * DecodeTiles<Shape>::bytes(half.map.chunk_stride) : 4 * Shape::kWidthK;
       QKV_UNROLL
-      for (int i = 0; i < 2; i++) load_row<Shape::kWidthK, Shape::kWordsK, 4>(out[i], reinterpret_cast<const unsigned char *>(k[i]));
+      for (int i = 0; i < 2; i++) load_row<Shape::kWidthK>(out[i], reinterpret_cast<const unsigned char *>(k[i]), step);
     }
   }
 
-  // Tokens value_token(0 .. 3) of the lane.
-  QKV_DEVICE void values(const quantkv_half &half, uint32_t (&out)[4][Shape::kWordsV]) const {
+  // Tokens value_token(0 .. 3) of the lane; packed, they lie side by side, of every 8th channel.
+  QKV_DEVICE void values(const quantkv_half &half, TilePart<Shape> &out) const {
+    if constexpr (Shape::kPacked) {
+      const uint32_t step = 8 * DecodeTiles<Shape>::bytes(half.map.chunk_stride);
+      QKV_UNROLL
+      for (int i = 0; i < 2 * Shape::kSteps; i++) {
+        const auto words = load_stream(reinterpret_cast<const Words<Shape::kElement> *>(v[0] + i * step));
+        QKV_UNROLL
+        for (int j = 0; j < Shape::kElement; j++) out.packed_v(i, j) = words.w[j];
+      }
+    } else {
+      rows_of_values(half, out.v);
+    }
+  }
+
+  QKV_DEVICE void rows_of_values(const quantkv_half &half, uint32_t (&out)[4][Shape::kWordsV]) const {
     QKV_UNROLL
     for (int i = 0; i < 2; i++) {
       const auto *first = reinterpret_cast<const unsigned char *>(v[i]);
       if constexpr (Shape::kWholeLines) {
-        load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[i], first);
-        load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[2 + i], first + 4 * slot_bytes(half));
+        load_row<Shape::kWidthV>(out[i], first, 8 * Shape::kWidthV);
+        load_row<Shape::kWidthV>(out[2 + i], first + 4 * slot_bytes(half), 8 * Shape::kWidthV);
       } else {
-        load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[2 * i], first);
-        load_row<Shape::kWidthV, Shape::kWordsV, 8>(out[2 * i + 1], first + slot_bytes(half));
+        load_row<Shape::kWidthV>(out[2 * i], first, 8 * Shape::kWidthV);
+        load_row<Shape::kWidthV>(out[2 * i + 1], first + slot_bytes(half), 8 * Shape::kWidthV);
       }
     }
   }
@@ -322,23 +428,6 @@ template <class Shape> struct PartLoader {
       *own = 1.0f;
     } else {
       copy_async_4(own, from + dynamic_scale_index(params.paging, larger_of(upper ? high : low, 0), kv_head, (upper ? slot_high : slot) + token % 8));
-    }
-  }
-};
-
-// What a lane has of 16 tokens.
-template <class Shape> struct TilePart {
-  uint32_t k[2][Shape::kWordsK], v[4][Shape::kWordsV];
-  PartHalves halves;
-
-  // Zeroes what no product may meet: values of tokens the piece does not have, whatever bits are there. Their weight is
-  // zero, but zero times NaN is not. (Their keys do no harm: the score is replaced.)
-  QKV_DEVICE void drop_missing(const Piece &piece, int32_t position) {
-    QKV_UNROLL
-    for (int row = 0; row < 4; row++) {
-      if (halves.has(piece, position, Shape::value_token(row))) continue;
-      QKV_UNROLL
-      for (int i = 0; i < Shape::kWordsV; i++) v[row][i] = 0;
     }
   }
 };
