@@ -231,6 +231,49 @@ fn vectors_of_every_type_under_every_kind_of_scale() {
     }
 }
 
+/// Tokens of prompts, whose slots are side by side, eight of which CUDA stores at once in the packed layout: from the
+/// beginning of a block and from inside one, of one block and of two, with padding, a slot outside the cache or out of order
+/// between them, and the last few. So many that the kernel for few tokens is not taken.
+#[test]
+fn runs_of_slots() {
+    let mut rng = Rng::new(31);
+    for (block_size, dim) in [(8, 48), (16, 128), (64, 80)] {
+        let run = |block: usize, offset: usize, count: usize| {
+            (0..count).map(move |i| (block * block_size + offset + i) as i64).collect::<Vec<_>>()
+        };
+        let mut groups = [
+            run(0, 0, 8),
+            run(2, 0, 8),
+            [run(1, 3, 5), run(3, 0, 3)].concat(),
+            [run(4, 0, 4), run(5, 4, 4)].concat(),
+            run(6, 0, 8),
+            run(7, 0, 8),
+            run(8, 0, 8),
+            run(9, if block_size > 8 { 3 } else { 0 }, 8),
+            [run(3, 3, 5), run(5, 0, 3)].concat(),
+            run(10, 0, 5),
+        ];
+        groups[4][5] = -1;
+        groups[5].swap(2, 3);
+        groups[6][7] = (11 * block_size) as i64;
+        let slots = groups.concat();
+        for format in KvFormat::ALL {
+            let kinds =
+                [(DType::BF16, ScaleKind::Tensor), (DType::F16, ScaleKind::Channel), (DType::F32, ScaleKind::Head)];
+            for (dtype, kind) in kinds {
+                let geometry = Geometry::plain(CacheLayout::VllmPacked, (2, dim), (block_size, 11), format);
+                let before = strategy::any_layer(&geometry, &mut rng);
+                let mut tensor = || strategy::rows((slots.len(), 2, dim), (0, 0, 0), dtype, || rng.any_activation());
+                let (key, value) = (tensor(), tensor());
+                let mut scale = || strategy::scales(kind, 2, dim, || rng.any_scale());
+                let (k_scale, v_scale) = (scale(), scale());
+                let slot_mapping = slots.clone();
+                check_all(&CacheWriteCase { geometry, before, dtype, key, value, slot_mapping, k_scale, v_scale });
+            }
+        }
+    }
+}
+
 /// Every f16 and every bf16 pattern through the cache, against torch's own table.
 #[test]
 fn every_16_bit_pattern() {

@@ -228,10 +228,10 @@ template <bool kEach> struct EasyScales {
   }
 };
 
-// Stores the codes of 8 quotients. False where a NaN (0x7f in both formats) came out: it is one of x, or what
-// `quotient` cannot do, and the codes are to be made again by store_elements.
+// The codes of 8 quotients. False where a NaN (0x7f in both formats) came out: it is one of x, or what `quotient` cannot
+// do, and the codes are to be made again by store_element.
 template <Format F, Format A, bool kEach>
-QKV_DEVICE bool store_quotients(void *p, const Vector<A> &v, const EasyScales<kEach> &scales) {
+QKV_DEVICE bool quotient_codes(Vector<F> &codes, const Vector<A> &v, const EasyScales<kEach> &scales) {
   static_assert(F == Format::E4M3 || F == Format::E5M2, "formats with NaN 0x7f");
   float x[kVector];
   unpack_vector<A>(v, x);
@@ -239,16 +239,23 @@ QKV_DEVICE bool store_quotients(void *p, const Vector<A> &v, const EasyScales<kE
   for (int i = 0; i < kVector; i++) {
     x[i] = quotient<A>(x[i], scales.scale[kEach ? i : 0], scales.reciprocal[kEach ? i : 0]);
   }
-  const Vector<F> codes = pack_vector<F>(x);
-  store_vector(p, codes);
+  codes = pack_vector<F>(x);
   const uint32_t carries = ((codes.w[0] & 0x7f7f7f7fu) + 0x01010101u) | ((codes.w[1] & 0x7f7f7f7fu) + 0x01010101u);
   return (carries & 0x80808080u) == 0;
+}
+
+template <Format F, Format A, bool kEach>
+QKV_DEVICE bool store_quotients(void *p, const Vector<A> &v, const EasyScales<kEach> &scales) {
+  Vector<F> codes;
+  const bool good = quotient_codes<F>(codes, v, scales);
+  store_vector(p, codes);
+  return good;
 }
 
 // What may be done with a vector of 8 activations of format A, in a few instructions each.
 enum class Store { Copy, E4M3, E5M2, Elements };
 
-template <Format A> QKV_DEVICE Store store_of(Format format, bool are_easy) {
+template <Format A> QKV_HOST_DEVICE Store store_of(Format format, bool are_easy) {
   if (format == A) return Store::Copy;
   if (are_easy && format == Format::E4M3) return Store::E4M3;
   if (are_easy && format == Format::E5M2) return Store::E5M2;

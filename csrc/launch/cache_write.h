@@ -2,7 +2,7 @@
 #pragma once
 #include "../core/check.h"
 #include "../core/launch.h"
-#include "../ops/cache_write.h"
+#include "../ops/cache_write_packed.h"
 
 namespace quantkv {
 namespace {
@@ -37,13 +37,39 @@ bool is_compact(const quantkv_half &half) {
   return half.map.slot_stride * size < most && chunks * half.map.chunk_stride * size < most;
 }
 
+// Whether the slots of a channel of V lie side by side, in whole vectors of 8 slots.
+bool has_vectors_of_slots(const quantkv_half &v) {
+  const int64_t size = bytes_of(v), alignment = vector_alignment(format_of(v));
+  const quantkv_address_map &map = v.map;
+  return map.chunk == 1 && map.slot_stride == 1 && is_aligned(v.codes, alignment) && map.chunk_stride * size % alignment == 0 &&
+         map.head_stride * size % alignment == 0 && map.block_stride * size % alignment == 0;
+}
+
+// Fewer are done sooner by a warp a row (on an H200: 32 of 8 heads 2.8 to 3.5 us, 256 5.6 to 4.6).
+constexpr int64_t kManyTokens = 64;
+
+template <Format A> int launch_packed(CacheWriteParams &p, bool by_channel, void *stream) {
+  constexpr int64_t warps = kRowThreads / kWarp, most = 1 << 20;
+  const int32_t spans = static_cast<int32_t>(ceil_div(p.op.cache.v.head_dim, kSpan));
+  p.share = RowShare{5, (1 + spans) * p.op.cache.num_kv_heads, 1, 1};
+  const int64_t blocks = ceil_div(ceil_div(p.op.num_tokens, kPackedTokens) * p.share.rows, warps);
+  const Grid grid = {blocks < most ? blocks : most, 1, 1};
+  if (by_channel) return QKV_LAUNCH_OVERLAPPED((cache_write_packed<A, true>), grid, kRowThreads, 0, stream, p);
+  return QKV_LAUNCH_OVERLAPPED((cache_write_packed<A, false>), grid, kRowThreads, 0, stream, p);
+}
+
 template <class T> int launch_activation(CacheWriteParams &p, void *stream) {
   constexpr Format A = FormatOf<T>::value;
   const quantkv_half &k = p.op.cache.k, &v = p.op.cache.v;
   const bool dynamic = k.dynamic != nullptr || v.dynamic != nullptr, by_channel = is_by_channel(k) || is_by_channel(v);
-  const bool vectors = rows_have_vectors(p.op.key, p.op.activation, k.head_dim) && half_has_vectors(k) &&
-                       rows_have_vectors(p.op.value, p.op.activation, v.head_dim) && half_has_vectors(v) &&
-                       is_compact(k) && is_compact(v);
+  const bool rows = rows_have_vectors(p.op.key, p.op.activation, k.head_dim) && half_has_vectors(k) &&
+                    rows_have_vectors(p.op.value, p.op.activation, v.head_dim);
+  const bool vectors = rows && half_has_vectors(v) && is_compact(k) && is_compact(v);
+  if constexpr (A != Format::F32) {
+    const bool quick = store_of<A>(format_of(k), true) != Store::Elements && store_of<A>(format_of(v), true) != Store::Elements;
+    const bool packed = rows && quick && !dynamic && has_vectors_of_slots(v);
+    if (packed && p.op.num_tokens >= kManyTokens) return launch_packed<A>(p, by_channel, stream);
+  }
   const int width = (k.head_dim > v.head_dim ? k.head_dim : v.head_dim) / kVector;
   if (!vectors || (dynamic && by_channel)) return launch_elements<T>(p, stream);
   if (dynamic) return launch_vectors<A, Scales::Dynamic>(p, width, stream);
