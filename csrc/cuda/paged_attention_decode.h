@@ -35,7 +35,10 @@ template <Format F, Order O, class Visit> int visit_decode(const quantkv_paged_a
   case 64: return visit_decode_rows<F, 64, O>(rows, dynamic, visit);
   case 96: return visit_decode_rows<F, 96, O>(rows, dynamic, visit);
   case 128: return visit_decode_rows<F, 128, O>(rows, dynamic, visit);
-  case 192: return visit_decode_rows<F, 192, O>(rows, dynamic, visit);
+  case 192:
+    // No model of engines that pack rows has these.
+    if constexpr (O == Order::Packed) return QUANTKV_UNSUPPORTED;
+    else return visit_decode_rows<F, 192, O>(rows, dynamic, visit);
   case 256: return visit_decode_rows<F, 256, O>(rows, dynamic, visit);
   default: return QUANTKV_UNSUPPORTED;
   }
