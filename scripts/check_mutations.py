@@ -24,7 +24,7 @@ import tomllib
 from pathlib import Path
 
 # Objects that hold the same kernels for one format each: with --some only the last of these, which tests use most.
-FORMATS = ("_e5m2", "_f16", "_bf16", "_e4m3")
+FORMATS = ("_packed_fp8", "_packed_16_bit", "_e5m2", "_f16", "_bf16", "_e4m3")
 ROOT = Path(__file__).resolve().parent.parent
 ORDERS = ["forward", "reverse", "2", "3"]
 TEST_SECONDS = 300

@@ -248,6 +248,38 @@ fn vllm_prefill_shapes() {
     }
 }
 
+/// Many queries over caches with dynamic scales, of several tiles of 128 keys and several pieces, some of whose blocks the table
+/// does not name. Scales grow and shrink with the position, by more than a factor of 2 between tiles.
+#[test]
+fn prefill_over_dynamic_scales() {
+    let formats = [KvFormat::Fp8E4M3, KvFormat::Fp8E5M2, KvFormat::Fp8E4M3Fnuz];
+    for (i, (dim, block_size, window)) in [(128, 16, None), (64, 8, None), (128, 32, Some(300))].into_iter().enumerate()
+    {
+        let sequences = vec![(610, 30), (0, 60), (333, 1)];
+        let blocks = sequences.iter().map(|&(before, new): &(usize, usize)| (before + new).div_ceil(block_size)).sum();
+        let plain = Geometry::plain(CacheLayout::Hnd, (2, dim), (block_size, blocks), formats[i]);
+        let geometry = Geometry { dynamic: true, ..plain };
+        let parameters =
+            Parameters { dtype: [DType::BF16, DType::F16][i % 2], window, ..simple(geometry, 3, sequences) };
+        let mut case = build(&parameters);
+        for (seq, &length) in case.seq_lens.iter().enumerate() {
+            for position in 0..length as usize {
+                let block = case.tables[seq * case.table_stride + position / block_size] as usize;
+                for head in 0..2 {
+                    let at = geometry.dynamic_index(block, head, position % block_size);
+                    let scales = case.layer.dynamic_mut(Half::V).as_mut().unwrap();
+                    scales[at] *= 2f32.powi((position / 100 % 4) as i32 * 3 - 4);
+                }
+            }
+        }
+        check_all(&case, (dim, block_size, window));
+        if block_size == 16 {
+            case.tables[200 / block_size..][..150 / block_size].fill(-1);
+            check_all(&case, (dim, block_size, "bad blocks"));
+        }
+    }
+}
+
 /// Large scores: the maximum is subtracted, nothing overflows, and a sink of -inf is no sink.
 #[test]
 fn large_scores_do_not_overflow() {

@@ -1,6 +1,6 @@
 //! `paged_attention` of 17 to 64 query rows a KV head over an FP8 cache of 128 channels against f64: on sm_90 a kernel of
 //! its own, if there are 8 (sequence, KV head) pairs or more, and for more than 32 rows as many as multiprocessors. What no query
-//! may see is NaN, as in parity_attention.
+//! may see is NaN, as in parity_attention. Dynamic scales are other instantiations of the same kernel.
 
 mod attention_cases;
 #[path = "../testing/devices.rs"]
@@ -14,6 +14,7 @@ use oracle::attention::{Arithmetic, AttentionCase, check_attention, expect};
 use oracle::geometry::{Geometry, Layer, Scales};
 use oracle::run;
 use oracle::strategy::{Rng, ScaleKind};
+use quantkv::layout::Half;
 use quantkv::{CacheLayout, DType, KvFormat};
 
 fn check_all(case: &AttentionCase, what: impl std::fmt::Debug) {
@@ -41,10 +42,10 @@ fn wide(geometry: Geometry, group: usize, sequences: Vec<(usize, usize)>) -> Par
 #[test]
 fn every_number_of_rows() {
     for (group, new) in [(8, 2), (17, 1), (8, 3), (8, 4), (5, 7), (11, 3), (8, 8), (21, 3), (64, 1), (13, 5), (71, 1)] {
-        for layout in [CacheLayout::Hnd, CacheLayout::Nhd] {
+        for (layout, dynamic) in [(CacheLayout::Hnd, false), (CacheLayout::Nhd, false), (CacheLayout::Hnd, true)] {
             let sequences = vec![(300, new), (64, new), (63, new), (1, new), (0, new)];
-            let geometry = geometry(layout, 2, 16, &sequences);
-            check_all(&build(&wide(geometry, group, sequences)), (group, new, layout));
+            let geometry = Geometry { dynamic, ..geometry(layout, 2, 16, &sequences) };
+            check_all(&build(&wide(geometry, group, sequences)), (group, new, layout, dynamic));
         }
     }
 }
@@ -53,48 +54,61 @@ fn every_number_of_rows() {
 #[test]
 fn every_length_around_a_tile() {
     for block_size in [8, 16, 32, 128] {
-        for window in [None, Some(1), Some(21), Some(100)] {
+        for (window, dynamic) in
+            [(None, false), (Some(1), false), (Some(21), false), (Some(100), false), (None, true), (Some(100), true)]
+        {
             let lengths = [1, 7, 8, 9, 15, 16, 17, 47, 48, 49, 63, 64, 65, 127, 128, 129, 191, 200];
             let sequences: Vec<_> = lengths.map(|before| (before, 5)).to_vec();
-            let geometry = geometry(CacheLayout::Hnd, 1, block_size, &sequences);
+            let geometry = Geometry { dynamic, ..geometry(CacheLayout::Hnd, 1, block_size, &sequences) };
             let parameters = Parameters { window, lse: true, ..wide(geometry, 4, sequences) };
-            check_all(&build(&parameters), (block_size, window));
+            check_all(&build(&parameters), (block_size, window, dynamic));
         }
     }
 }
 
-/// Both formats, both activations, every kind of scale, sinks, ALiBi (under which maxima grow) and a soft cap.
+/// Both formats, both activations, every kind of scale, dynamic ones with them, sinks, ALiBi (under which maxima grow) and a
+/// soft cap.
 #[test]
 fn every_feature() {
     use ScaleKind::{Channel, Head, Tensor};
     let scales = [(Tensor, Head), (Channel, Tensor), (Head, Channel)];
     for (i, format) in [KvFormat::Fp8E4M3, KvFormat::Fp8E5M2].into_iter().enumerate() {
         for (j, scales) in scales.into_iter().enumerate() {
-            for (alibi, soft_cap) in [(false, None), (true, None), (false, Some(30.0)), (true, Some(0.5))] {
+            for (alibi, soft_cap, dynamic) in [
+                (false, None, false),
+                (true, None, false),
+                (false, Some(30.0), false),
+                (true, Some(0.5), false),
+                (true, Some(30.0), true),
+            ] {
                 let sequences = vec![(400, 6), (70, 6), (130, 5)];
-                let geometry =
-                    Geometry { k_format: format, v_format: format, ..geometry(CacheLayout::Hnd, 3, 16, &sequences) };
+                let plain = geometry(CacheLayout::Hnd, 3, 16, &sequences);
+                let geometry = Geometry { k_format: format, v_format: format, dynamic, ..plain };
                 let dtype = [DType::F16, DType::BF16][(i + j) % 2];
                 let sinks = j == 1;
                 let parameters =
                     Parameters { dtype, scales, sinks, alibi, soft_cap, lse: true, ..wide(geometry, 5, sequences) };
-                check_all(&build(&parameters), (format, scales, alibi, soft_cap));
+                check_all(&build(&parameters), (format, scales, alibi, soft_cap, dynamic));
             }
         }
     }
 }
 
 /// Scores that grow from tile to tile, so that what weights are relative to must follow; that shrink; of both signs; and so
-/// large that f16 would not hold them.
+/// large that f16 would not hold them. Scales of V that grow and shrink.
 #[test]
 fn maxima_that_move() {
     let sequences = vec![(500, 4)];
-    let geometry = geometry(CacheLayout::Hnd, 8, 16, &sequences);
     for factor in [1.0, 40.0, -40.0] {
-        for alibi in [false, true] {
+        for (alibi, dynamic) in [(false, false), (true, false), (true, true)] {
+            let geometry = Geometry { dynamic, ..geometry(CacheLayout::Hnd, 8, 16, &sequences) };
             let mut case = build(&Parameters { alibi, ..wide(geometry, 8, sequences.clone()) });
             case.params.softmax_scale *= factor;
-            check_all(&case, (factor, alibi));
+            if let Some(scales) = case.layer.dynamic_mut(Half::V) {
+                // Of every fifth block so much larger than of the others that f16 would not hold the weights.
+                scales.chunks_exact_mut(8 * 16).step_by(5).flatten().for_each(|scale| *scale *= 1024.0);
+            }
+            check_all(&case, (factor, alibi, dynamic));
         }
     }
 }
@@ -104,17 +118,17 @@ fn maxima_that_move() {
 #[test]
 fn holes_and_nothing() {
     let sequences = vec![(900, 4), (200, 4), (3, 4), (64, 4)];
-    for block_size in [8, 16, 64] {
-        let geometry = geometry(CacheLayout::Nhd, 2, block_size, &sequences);
+    for (block_size, dynamic) in [(8, false), (16, false), (64, false), (8, true), (16, true)] {
+        let geometry = Geometry { dynamic, ..geometry(CacheLayout::Nhd, 2, block_size, &sequences) };
         let mut case = build(&wide(geometry, 8, sequences.clone()));
         case.tables[2..][..600 / block_size].fill(-1);
         case.tables[case.table_stride..][..204usize.div_ceil(block_size)].fill(geometry.num_blocks as i32);
-        check_all(&case, (block_size, "bad blocks"));
+        check_all(&case, (block_size, dynamic, "bad blocks"));
         let mut case = build(&wide(geometry, 8, sequences.clone()));
         (case.seq_lens[1], case.seq_lens[2]) = (0, 2);
         case.layer = Layer::poisoned(&geometry);
         fill_visible(&mut case, &mut Rng::new(5));
-        check_all(&case, (block_size, "no keys"));
+        check_all(&case, (block_size, dynamic, "no keys"));
     }
 }
 
@@ -122,14 +136,14 @@ fn holes_and_nothing() {
 /// loaded while one is attended to; few in very many pieces.
 #[test]
 fn pieces_of_all_kinds() {
-    for (count, heads, length, new) in
-        [(1, 8, 3000, 4), (2, 4, 600, 8), (4, 2, 300, 3), (24, 2, 90, 8), (64, 2, 20, 4), (40, 2, 70, 3)]
+    let batches = [(1, 8, 3000, 4), (2, 4, 600, 8), (4, 2, 300, 3), (24, 2, 90, 8), (64, 2, 20, 4), (40, 2, 70, 3)];
+    for ((count, heads, length, new), dynamic) in batches.into_iter().flat_map(|batch| [(batch, false), (batch, true)])
     {
         let sequences = vec![(length - new, new); count];
-        let geometry = geometry(CacheLayout::Hnd, heads, 16, &sequences);
+        let geometry = Geometry { dynamic, ..geometry(CacheLayout::Hnd, heads, 16, &sequences) };
         let mut case = build(&wide(geometry, 8, sequences));
         (case.k_scale, case.v_scale) = (Scales::tensor(0.5), Scales::tensor(0.25));
-        check_all(&case, (count, length, new));
+        check_all(&case, (count, length, new, dynamic));
     }
 }
 

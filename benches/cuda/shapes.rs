@@ -117,6 +117,7 @@ fn variations(work: &mut Vec<Work>) {
             push(Shape { queries, ..base(E4M3) });
         }
         push(Shape { dynamic: true, ..base(E4M3) });
+        push(Shape { dynamic: true, queries: 4, group: 8, ..base(E4M3) });
         push(Shape { layout: CacheLayout::VllmPacked, ..base(E4M3) });
         push(base(KvFormat::Fp8E4M3Fnuz));
         push(base(KvFormat::F16));
@@ -133,6 +134,12 @@ fn prefill(work: &mut Vec<Work>, quick: bool) {
     for format in [E4M3, KvFormat::BF16, KvFormat::Fp8E5M2] {
         for &(queries, context) in shapes {
             work.push(Work::Prefill(Shape { queries, ..Shape::uniform(1, context, format) }));
+        }
+    }
+    if !quick {
+        for context in [8 * K, 32 * K] {
+            let dynamic = Shape { dynamic: true, queries: 2 * K, ..Shape::uniform(1, context, E4M3) };
+            work.push(Work::Prefill(dynamic));
         }
     }
 }

@@ -5,15 +5,21 @@
 namespace quantkv {
 namespace {
 
-template <Format F, int Rows> int launch_of(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {
-  using Shape = WideShape<F, Rows>;
-  static_assert(Shape::kBlocks == kDecodeWideBlocks<Rows> && Shape::kTokens == kDecodeWideTile, "the kernel's");
-  return QKV_LAUNCH_IN_ORDER((paged_attention_decode_wide<F, Rows>), (Grid{list.workers, 1, 1}), Shape::kThreads,
+bool is_dynamic(const quantkv_cache &cache) { return cache.k.dynamic != nullptr || cache.v.dynamic != nullptr; }
+
+template <Format F, int Rows, bool Dynamic> int launch_of(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {
+  using Shape = WideShape<F, Rows, Dynamic>;
+  static_assert(Shape::kBlocks == kDecodeWideBlocks<Rows, Dynamic> && Shape::kTokens == kDecodeWideTile, "the kernel's");
+  return QKV_LAUNCH_IN_ORDER((paged_attention_decode_wide<F, Rows, Dynamic>), (Grid{list.workers, 1, 1}), Shape::kThreads,
                              sizeof(WideShared<Shape>), stream, params, list);
 }
 
+template <Format F, bool Dynamic> int launch_rows(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {
+  return list.rows <= 32 ? launch_of<F, 32, Dynamic>(params, list, stream) : launch_of<F, 64, Dynamic>(params, list, stream);
+}
+
 template <Format F> int launch_format(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {
-  return list.rows <= 32 ? launch_of<F, 32>(params, list, stream) : launch_of<F, 64>(params, list, stream);
+  return is_dynamic(params.op.cache) ? launch_rows<F, true>(params, list, stream) : launch_rows<F, false>(params, list, stream);
 }
 
 } // namespace
@@ -22,13 +28,12 @@ KernelShape decode_wide_shape(const quantkv_paged_attention &op, const Device &d
   const quantkv_cache &cache = op.cache;
   const Format format = format_of(cache.k);
   const bool can = kHasHopperKernels && device.compute_capability == 90 && rows <= 64 &&
-                   (format == Format::E4M3 || format == Format::E5M2) && cache.k.head_dim == 128 && cache.k.dynamic == nullptr &&
-                   cache.v.dynamic == nullptr && decode_can_load(op);
+                   (format == Format::E4M3 || format == Format::E5M2) && cache.k.head_dim == 128 && decode_can_load(op);
   // Where sequences and KV heads are few, the prefill kernel is as fast: each is cut into many pieces, whose rows are merged by
   // the block of the first one, and 64 rows take long.
   const int64_t pairs = op.num_seqs * cache.num_kv_heads;
   if (!can || pairs < 8) return KernelShape{};
-  if (rows <= 32) return kDecodeWideShape<32>;
+  if (rows <= 32) return is_dynamic(cache) ? kDecodeWideShape<32, true> : kDecodeWideShape<32>;
   return pairs >= device.multiprocessors ? kDecodeWideShape<64> : KernelShape{};
 }
 

@@ -18,7 +18,8 @@
 //
 // K and V come to shared memory in the background, a tile ahead, K to where its own warp reads it. A tile has one barrier:
 // before it weights are written, relative to what they were before; after it V of all warps is there. Scores far above what
-// weights are relative to are rare: a warp that meets one says so before the barrier, and after it all warps follow.
+// weights are relative to are rare: a warp that meets one says so before the barrier, and after it all warps follow. So they do with
+// dynamic scales of V: weights are multiplied by them, relative to a power of two of the whole block.
 #pragma once
 #include "../ops/paged_attention_decode_merge.h"
 #include "../ops/paged_attention_prefill_rows.h"
@@ -37,7 +38,7 @@ template <Format F, class Shape> struct WideDecode {
   WideWork &work;
   float o[2][kRowTiles][4]; // nothing yet, if the tile is the first of its piece
   float sum[kRowTiles][2]; // of this lane's tokens
-  int version;             // of shared.rows
+  int version;             // of shared.rows and shared.v_inverse
 
   QKV_DEVICE WideDecode(const AttentionParams &params, const WorkList &list, WideShared<Shape> &shared)
       : params(params), list(list), shared(shared), work(shared.works[warp_index()]), version(0) {}
@@ -66,6 +67,7 @@ template <Format F, class Shape> struct WideDecode {
       const bool exists = row < piece.rows();
       shared.slope[row] = exists ? alibi_slope(params, piece.first_head + row - query * piece.num_heads) : 0.0f;
     }
+    if (Shape::kDynamic && thread == 0) shared.v_inverse[version] = inverse_of(kSmallestScale);
     QKV_UNROLL
     for (int j = 0; j < kRowTiles; j++) sum[j][0] = sum[j][1] = 0.0f;
     fence_for_products();
@@ -117,15 +119,33 @@ template <Format F, class Shape> struct WideDecode {
     }
   }
 
+  // Multiplies products by the dynamic scales of their tokens. `values`: V's of this lane's two tokens, zero for one that is not there.
+  QKV_DEVICE void use_scales(float (&s)[kRowTiles][4], const Piece &piece, const WideTile &tile, uint32_t number, float (&values)[2]) const {
+    const TileScales &scales = shared.scales[2 * (reread_thread_index() / kWarp) + number % 2];
+    const int g = forget(lane_index()) / 4;
+    QKV_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const float key = scales.k[g + 8 * i];
+      QKV_UNROLL
+      for (int j = 0; j < kRowTiles; j++) {
+        s[j][2 * i] *= key;
+        s[j][2 * i + 1] *= key;
+      }
+      values[i] = (tile.flags & WideTile::kSeen) != 0 || tile.halves.has(piece, tile.position, g + 8 * i) ? scales.v[g + 8 * i] : 0.0f;
+    }
+  }
+
   // Weights of a tile begin in this chunk of their panel.
   static QKV_DEVICE int weights_chunk(uint32_t number) { return Shape::kWeightPanels == 1 ? static_cast<int>(number % 2) * 4 : 0; }
   QKV_DEVICE unsigned char *weights_panel(uint32_t number) const { return shared.weights[number % Shape::kWeightPanels]; }
 
-  // Weights of this lane's scores to shared memory, their sums to `sums`. `rows`: what scores are to be multiplied by, too. Answers
-  // the largest score, relative to what weights are.
-  QKV_DEVICE float write_weights(const float (&s)[kRowTiles][4], const WideRow *rows, uint32_t number, float (&sums)[kRowTiles][2]) const {
+  // Weights of this lane's scores to shared memory, their sums to `sums`. `rows`: what scores are to be multiplied by, too. `scales`:
+  // V's dynamic ones of this lane's tokens. Answers the largest score, relative to what weights are.
+  QKV_DEVICE float write_weights(const float (&s)[kRowTiles][4], const float (&scales)[2], const WideRow *rows, uint32_t number,
+                                 float (&sums)[kRowTiles][2]) const {
     const int t = thread_index() % 4, offset = shared.offsets[thread_index()].weights; // of chunk 0: others at the exclusive or with theirs
     unsigned char *const panel = weights_panel(number);
+    const float inverse = Shape::kDynamic ? shared.v_inverse[version] : 1.0f, of_token[2] = {scales[0] * inverse, scales[1] * inverse};
     float top = negative_infinity();
     QKV_UNROLL
     for (int j = 0; j < kRowTiles; j++) {
@@ -139,6 +159,8 @@ template <Format F, class Shape> struct WideDecode {
       }
       sums[j][0] = weight[0] + weight[2];
       sums[j][1] = weight[1] + weight[3];
+      QKV_UNROLL
+      for (int i = 0; Shape::kDynamic && i < 4; i++) weight[i] *= of_token[i / 2];
       unsigned char *const to = panel + (offset ^ 16 * (weights_chunk(number) + j));
       *reinterpret_cast<uint32_t *>(to) = pack_f16(weight[0], weight[1]);
       *reinterpret_cast<uint32_t *>(to + 8 * kPanelRow) = pack_f16(weight[2], weight[3]);
@@ -155,9 +177,9 @@ template <Format F, class Shape> struct WideDecode {
     }
   }
 
-  // Makes the largest scores what weights are relative to, and writes the tile's again, which are in `sum` if `is_added`. All warps;
-  // three barriers.
-  QKV_DEVICE void follow_scores(const float (&s)[kRowTiles][4], int kind, uint32_t number, bool is_added) {
+  // Makes the largest scores, and scales of V, what weights are relative to, and writes the tile's again, which are in `sum` if
+  // `is_added`. All warps; three barriers.
+  QKV_DEVICE void follow_scores(const float (&s)[kRowTiles][4], const float (&scales)[2], int kind, uint32_t number, bool is_added) {
     const int thread = reread_thread_index(), lane = thread % kWarp, g = lane / 4, t = lane % 4;
     QKV_UNROLL
     for (int j = 0; j < kRowTiles; j++) {
@@ -171,7 +193,22 @@ template <Format F, class Shape> struct WideDecode {
         if (g == 0) shared.of_warps[thread / kWarp][row] = top;
       }
     }
+    if constexpr (Shape::kDynamic) {
+      float largest = maximum(scales[0], scales[1]);
+      QKV_UNROLL
+      for (int mask = 4; mask < kWarp; mask *= 2) largest = maximum(largest, shuffle_xor(largest, mask));
+      if (lane == 0) shared.scales_of_warps[thread / kWarp] = largest;
+    }
     sync_threads();
+    float of_scales = 1.0f; // what outputs are multiplied by for them
+    if constexpr (Shape::kDynamic) {
+      float largest = kSmallestScale;
+      QKV_UNROLL
+      for (int warp = 0; warp < Shape::kWarps; warp++) largest = maximum(largest, shared.scales_of_warps[warp]);
+      const float before = shared.v_inverse[version], inverse = inverse_unit(largest), now = inverse < before ? inverse : before;
+      of_scales = now * inverse_of(before);
+      if (thread == 0) shared.v_inverse[version ^ 1] = now;
+    }
     QKV_UNROLL
     for (int j = 0; j < kRowTiles; j++) {
       QKV_UNROLL
@@ -185,8 +222,8 @@ template <Format F, class Shape> struct WideDecode {
         sum[j][i] *= rescale;
         QKV_UNROLL
         for (int m = 0; m < 2; m++) {
-          o[m][j][i] *= rescale;
-          o[m][j][2 + i] *= rescale;
+          o[m][j][i] *= rescale * of_scales;
+          o[m][j][2 + i] *= rescale * of_scales;
         }
         if (thread < 4) {
           shared.rows[version ^ 1][0][row] = {before.factor, top};
@@ -197,7 +234,7 @@ template <Format F, class Shape> struct WideDecode {
     version ^= 1;
     sync_threads();
     float sums[kRowTiles][2];
-    write_weights(s, shared.rows[version][kind], number, sums);
+    write_weights(s, scales, shared.rows[version][kind], number, sums);
     if (!is_added) add_weights(sums);
     sync_threads();
   }
@@ -228,21 +265,23 @@ template <Format F, class Shape> struct WideDecode {
 
   // One tile, number `number` of all; its K is in `k`. Afterwards products with V are under way. Answers whether it is the piece's last.
   QKV_DEVICE bool attend(const Piece &piece, uint32_t number, const uint32_t (&k)[kSteps][4]) {
-    float s[kRowTiles][4], sums[kRowTiles][2];
+    float s[kRowTiles][4], sums[kRowTiles][2], scales[2] = {1.0f, 1.0f};
     start_scores(s, k);
     const WideTile tile = work.tiles[number % 4];
     const bool is_plain = params.cap == 0.0f && params.op.alibi_slopes == nullptr;
     const int kind = is_plain && (tile.flags & WideTile::kSeen) != 0 ? 0 : 1;
     products_wait<0>(s);
+    if constexpr (Shape::kDynamic) use_scales(s, piece, tile, number, scales);
     if (kind == 1) make_scores(s, piece, tile);
-    const float top = write_weights(s, shared.rows[version][kind], number, sums);
+    const float top = write_weights(s, scales, shared.rows[version][kind], number, sums);
     // A warp's weights count now, unless they are so large that they may not be numbers.
-    const bool is_above = any(top > kMostAbove);
+    bool is_above = any(top > kMostAbove);
+    if constexpr (Shape::kDynamic) is_above |= any(maximum(scales[0], scales[1]) * shared.v_inverse[version] >= 2.0f);
     if (is_above) shared.above[number % 2] = number + 1;
     else add_weights(sums);
     copy_async_wait<2>(); // V of this tile
     sync_threads();
-    if (shared.above[number % 2] == number + 1) follow_scores(s, kind, number, !is_above);
+    if (shared.above[number % 2] == number + 1) follow_scores(s, scales, kind, number, !is_above);
     start_outputs(number, shared.values[number % Shape::kValueSlots], (tile.flags & WideTile::kFirst) == 0);
     return (tile.flags & WideTile::kLast) != 0;
   }
@@ -265,8 +304,9 @@ template <Format F, class Shape> struct WideDecode {
 
   // This lane's channels of row 8j + 2t + i.
   QKV_DEVICE void take(int j, int i, float (&x)[4]) const {
+    const float unit = Shape::kDynamic ? inverse_of(shared.v_inverse[version]) : 1.0f;
     QKV_UNROLL
-    for (int c = 0; c < 4; c++) x[c] = o[c / 2][j][c % 2 * 2 + i];
+    for (int c = 0; c < 4; c++) x[c] = o[c / 2][j][c % 2 * 2 + i] * unit;
   }
 
   // Leaves the rows of a piece that others' are to be merged with, or a run of pieces, where K and V were: it is its worker's last, so that
@@ -433,12 +473,12 @@ template <Format F, class Shape> struct WideDecode {
 #endif // QKV_HAS_WARPGROUP_PRODUCTS
 
 // Grid: one block a worker of the list. Shared: WideShared. Asks for: K and V of format F, 128 channels, rows contiguous and
-// aligned to 16 bytes, static scales; 16-bit activations; rows of the list <= Rows.
-template <Format F, int Rows>
-QKV_KERNEL void QKV_LAUNCH_BOUNDS((WideShape<F, Rows>::kThreads), (WideShape<F, Rows>::kBlocks))
+// aligned to 16 bytes; 16-bit activations; rows of the list <= Rows.
+template <Format F, int Rows, bool Dynamic>
+QKV_KERNEL void QKV_LAUNCH_BOUNDS((WideShape<F, Rows, Dynamic>::kThreads), (WideShape<F, Rows, Dynamic>::kBlocks))
     paged_attention_decode_wide(QKV_GRID_CONSTANT const AttentionParams params, QKV_GRID_CONSTANT const WorkList list) {
 #if QKV_HAS_WARPGROUP_PRODUCTS
-  using Shape = WideShape<F, Rows>;
+  using Shape = WideShape<F, Rows, Dynamic>;
   QKV_PANELS_SHARED(memory);
   WideDecode<F, Shape>(params, list, *reinterpret_cast<WideShared<Shape> *>(memory)).run();
 #endif

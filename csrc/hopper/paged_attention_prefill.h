@@ -17,7 +17,8 @@
 // products do. V is used as it lies, tokens along k (`by columns`); P goes from accumulators to the A operand in
 // registers.
 //
-// Scores, range and scales: as in ops/paged_attention_prefill.h, without dynamic scales, soft cap and ALiBi. A row's
+// Scores, range and scales: as in ops/paged_attention_prefill.h, without soft cap and ALiBi. Dynamic scales of a tile, K's and V's,
+// come with its K: scores are multiplied by K's, weights by V's. A row's
 // max follows its scores only when they outgrow it by 2^8: weights are at most 2^8, accumulators seldom rescaled.
 //
 // docs/kernels/cuda-prefill.md has the clock budget, and what else was tried.
@@ -27,19 +28,22 @@
 
 namespace quantkv {
 
-// T: the type of the products. kIsCodes: of an 8-bit cache. kDim: 64 or 128, both head dims.
-template <class T, bool kIsCodes, int kDim>
+// T: the type of the products. kIsCodes: of an 8-bit cache. kDim: 64 or 128, both head dims. kDynamic: scales of a half at least.
+// Shared: HopperShared.
+template <class T, bool kIsCodes, int kDim, bool kDynamic>
 QKV_KERNEL void QKV_LAUNCH_BOUNDS(kHopperThreads, 1) attend_prefill_hopper(
     QKV_GRID_CONSTANT const AttentionParams params, QKV_GRID_CONSTANT const WorkList list) {
 #if QKV_HAS_WARPGROUP_PRODUCTS
-  QKV_DYNAMIC_SHARED(memory);
-  const uintptr_t beyond = reinterpret_cast<uintptr_t>(memory) % 1024;
-  HopperShared<kDim> &shared = *reinterpret_cast<HopperShared<kDim> *>(memory + (1024 - beyond) % 1024);
+  static_assert(kIsCodes || !kDynamic, "only codes have scales");
+  QKV_PANELS_SHARED(memory);
+  using Shared = HopperShared<kDim, kDynamic>;
+  Shared &shared = *reinterpret_cast<Shared *>(memory);
   if (thread_index() == 0) {
     for (int slot = 0; slot < kHopperSlots; slot++) {
       phase_barrier_init(&shared.full[slot], kHopperWarpsOfFill);
       phase_barrier_init(&shared.empty[slot], kHopperConsumerWarps);
     }
+    for (int at = 0; at < 2; at++) phase_barrier_init(&shared.scales_empty[at], kHopperConsumerWarps);
     for (int at = 0; at < kHopperPieces; at++) {
       phase_barrier_init(&shared.piece_full[at], 1);
       phase_barrier_init(&shared.piece_empty[at], kHopperThreads / kWarp);
@@ -48,11 +52,11 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kHopperThreads, 1) attend_prefill_hopper(
   wait_for_previous_kernel();
   sync_threads();
   if (warp_index() >= kHopperConsumerWarps) {
-    give_registers<kHopperProducerRegisters>();
-    produce<kIsCodes, kDim>(params, list, shared);
+    give_registers<kHopperProducerRegisters<kDynamic>>();
+    produce<kIsCodes>(params, list, shared);
   } else {
-    take_registers<kHopperConsumerRegisters>();
-    HopperConsumer<T, kDim>::run(params, list, shared);
+    take_registers<kHopperConsumerRegisters<kDynamic>>();
+    HopperConsumer<T, Shared>::run(params, list, shared);
   }
 #endif
 }

@@ -80,9 +80,11 @@ QKV_DEVICE HopperTiles hopper_tiles(const AttentionParams &params, const Piece &
   return tiles;
 }
 
-// Products of a tile to weights: scores, masks, softmax.
+// Products of a tile to weights: dynamic scales of K, scores, masks, softmax.
+template <class Scales>
 QKV_DEVICE void weigh_tile(PrefillRows &rows, const HopperTiles &tiles, int32_t first, uint32_t holes, bool is_positive,
-                           float (&s)[kHopperKeys / 8][4], float (&rescale)[2]) {
+                           const Scales &scales, float (&s)[kHopperKeys / 8][4], float (&rescale)[2]) {
+  if constexpr (std::is_same_v<Scales, HopperScales>) scale_products<kHopperKeys>(scales.k, s);
   const bool is_masked = holes != 0 || first < tiles.masked_below || first + kHopperKeys - 1 > tiles.masked_from;
   uint32_t present[4];
   QKV_UNROLL
@@ -106,16 +108,18 @@ QKV_DEVICE void weigh_tile(PrefillRows &rows, const HopperTiles &tiles, int32_t 
   weigh_scores(rows, factor, s, rescale);
 }
 
-template <class T, int kDim> struct HopperConsumer {
-  static constexpr int kPanels = kDim / 64, kTiles = kHopperKeys / 8;
+template <class T, class Shared> struct HopperConsumer {
+  static constexpr int kDim = Shared::kDim, kPanels = kDim / 64, kTiles = kHopperKeys / 8;
   using P = WarpgroupProducts<T>;
 
   // s = Q K^T, in the background.
-  static QKV_DEVICE void start_scores(HopperShared<kDim> &shared, int slot, float (&s)[kTiles][4]) {
+  static QKV_DEVICE void start_scores(Shared &shared, int slot, float (&s)[kTiles][4]) {
+    // Where there are dynamic scales, no register is left to keep it in.
+    const int warpgroup = (Shared::kDynamic ? reread_thread_index() : thread_index()) / (4 * kWarp);
     products_begin();
     QKV_UNROLL
     for (int panel = 0; panel < kPanels; panel++) {
-      const PanelMatrix queries = matrix_by_rows(shared.query[panel] + warp_index() / 4 * 64 * kPanelRow);
+      const PanelMatrix queries = matrix_by_rows(shared.query[panel] + warpgroup * 64 * kPanelRow);
       const PanelMatrix keys = matrix_by_rows(shared.slots[slot][panel]);
       QKV_UNROLL
       for (int step = 0; step < 4; step++) P::by_rows(s, queries + 32 * step, keys + 32 * step, panel + step > 0);
@@ -124,7 +128,7 @@ template <class T, int kDim> struct HopperConsumer {
   }
 
   // o += P V, in the background.
-  static QKV_DEVICE void start_outputs(HopperShared<kDim> &shared, int slot, const uint32_t (&p)[kTiles / 2][4],
+  static QKV_DEVICE void start_outputs(Shared &shared, int slot, const uint32_t (&p)[kTiles / 2][4],
                                        float (&o)[kDim / 8][4]) {
     products_begin();
     const PanelMatrix values = matrix_by_columns(shared.slots[slot][0], kHopperKeys * kPanelRow);
@@ -145,18 +149,36 @@ template <class T, int kDim> struct HopperConsumer {
   }
 
   // What the producers wrote to the slot can then be seen by products.
-  static QKV_DEVICE void wait_for_slot(HopperShared<kDim> &shared, const RingPosition &ring) {
+  static QKV_DEVICE void wait_for_slot(Shared &shared, const RingPosition &ring) {
     phase_barrier_wait(&shared.full[ring.slot()], ring.parity());
     fence_for_products();
   }
 
-  static QKV_DEVICE void slot_is_used(HopperShared<kDim> &shared, int slot) {
+  static QKV_DEVICE void slot_is_used(Shared &shared, int slot) {
     sync_warp();
     if (lane_index() == 0) phase_barrier_arrive(&shared.empty[slot]);
   }
 
+  // What accumulators are to be multiplied by once weights have the tile's dynamic scales of V.
+  static QKV_DEVICE void rescale_unit(const Shared &shared, uint32_t fill_of_keys, PrefillRows &rows, float (&rescale)[2]) {
+    if constexpr (Shared::kDynamic) {
+      const float factor = grow_unit(rows, shared.scales[ScalesPosition(fill_of_keys).slot()].tops);
+      rescale[0] *= factor;
+      rescale[1] *= factor;
+    }
+  }
+
+  // Gives them weights, when no products are under way: they are an operand's registers more.
+  static QKV_DEVICE void use_scales(Shared &shared, uint32_t fill_of_keys, const PrefillRows &rows, float (&s)[kTiles][4]) {
+    if constexpr (Shared::kDynamic) {
+      scale_weights<kHopperKeys>(rows, shared.scales[ScalesPosition(fill_of_keys).slot()].v, s);
+      sync_warp();
+      if (lane_index() == 0) phase_barrier_arrive(&shared.scales_empty[ScalesPosition(fill_of_keys).slot()]);
+    }
+  }
+
   static QKV_DEVICE void attend(const AttentionParams &params, const WorkList &list, const Piece &piece,
-                                RingPosition &ring, HopperShared<kDim> &shared) {
+                                RingPosition &ring, Shared &shared) {
     const int warpgroup = warp_index() / 4;
     const auto query_chunk = [&](int row, int chunk) {
       return shared.query[0] + chunk / 8 * (kHopperRows * kPanelRow) + panel_offset(row, chunk % 8);
@@ -187,7 +209,9 @@ template <class T, int kDim> struct HopperConsumer {
     products_wait<0>(s);
     slot_is_used(shared, ring.slot());
     ring.fill++;
-    weigh_tile(rows, tiles, tiles.first, holes, is_positive, s, rescale);
+    weigh_tile(rows, tiles, tiles.first, holes, is_positive, shared.scales[ScalesPosition(ring.fill - 1).slot()], s, rescale);
+    rescale_unit(shared, ring.fill - 1, rows, rescale);
+    use_scales(shared, ring.fill - 1, rows, s);
     pack(s, p);
 
     for (int32_t first = tiles.first + kHopperKeys; first < tiles.end; first += kHopperKeys) {
@@ -209,9 +233,10 @@ template <class T, int kDim> struct HopperConsumer {
       holes = holes_of(k_slot);
       products_wait<1>(s);
       slot_is_used(shared, k_slot);
-      weigh_tile(rows, tiles, first, holes, is_positive, s, rescale);
+      weigh_tile(rows, tiles, first, holes, is_positive, shared.scales[ScalesPosition(ring.fill - 2).slot()], s, rescale);
       products_wait<0>(o);
       slot_is_used(shared, v_slot);
+      rescale_unit(shared, ring.fill - 2, rows, rescale);
       if (any(rescale[0] != 1.0f || rescale[1] != 1.0f)) {
         QKV_UNROLL
         for (int c = 0; c < kDim / 8; c++) {
@@ -219,6 +244,7 @@ template <class T, int kDim> struct HopperConsumer {
           for (int i = 0; i < 4; i++) o[c][i] *= rescale[i / 2];
         }
       }
+      use_scales(shared, ring.fill - 2, rows, s);
       pack(s, p);
     }
 
@@ -242,7 +268,7 @@ template <class T, int kDim> struct HopperConsumer {
     }
   }
 
-  static QKV_DEVICE void run(const AttentionParams &params, const WorkList &list, HopperShared<kDim> &shared) {
+  static QKV_DEVICE void run(const AttentionParams &params, const WorkList &list, Shared &shared) {
     RingPosition ring;
     for (uint32_t n = 0;; n++) {
       const Piece *piece = piece_of(n, shared);

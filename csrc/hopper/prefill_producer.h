@@ -97,11 +97,46 @@ QKV_DEVICE void slot_is_full(uint64_t *full) {
   if (lane_index() == 0) phase_barrier_arrive(full);
 }
 
+// Dynamic scales of this lane's two rows of a tile, lane and lane + 32 of the warp's: K's producers look them up, and V's too, whose
+// turn comes with K's. Where there is no row V's is 0.
+struct ScalesOfRows {
+  static constexpr int kRows = kHopperRowsOfWarp / kWarp;
+  float k[kRows], v[kRows];
+
+  // `block` as RowSource has it.
+  template <class Source> QKV_DEVICE void read(const AttentionParams &params, const Source &source, int32_t head, int32_t tile, int32_t block) {
+    const quantkv_cache &cache = params.op.cache;
+    QKV_UNROLL
+    for (int i = 0; i < kRows; i++) {
+      const int32_t row = forget(lane_index()) + kWarp * i, own = shuffle(block, row / 8), slot = tile + first_produced_row() + row;
+      const bool is_there = own >= 0 && tile + row >= source.begin && tile + row < source.end;
+      const int64_t index = dynamic_scale_index(params.paging, is_there ? own : 0, head, slot & (params.paging.block_size() - 1));
+      k[i] = cache.k.dynamic == nullptr ? 1.0f : is_there ? cache.k.dynamic[index] : 0.0f;
+      v[i] = cache.v.dynamic == nullptr ? 1.0f : is_there ? cache.v.dynamic[index] : 0.0f;
+    }
+  }
+
+  QKV_DEVICE void store(HopperScales &scales) const {
+    const int thread = reread_thread_index(), first_row = (thread - kHopperConsumers) / kWarp * kHopperRowsOfWarp + thread % kWarp;
+    float top = 0.0f;
+    QKV_UNROLL
+    for (int i = 0; i < kRows; i++) {
+      const int row = first_row + kWarp * i;
+      scales.k[row] = k[i];
+      scales.v[row] = v[i];
+      top = maximum(top, v[i]);
+    }
+    QKV_UNROLL
+    for (int mask = kWarp / 2; mask > 0; mask /= 2) top = maximum(top, shuffle_xor(top, mask));
+    if (thread % kWarp == 0) scales.tops[first_row / kHopperRowsOfWarp] = top;
+  }
+};
+
 // 8-bit codes: copied in the background, a tile ahead, to where the thread that asked for them finds them again; then
 // decoded to the slot. A lane has 16 channels of a row: what eight lanes store meets all banks.
-template <int kDim>
-QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece, int32_t tiles, uint32_t first_fill,
-                              HopperShared<kDim> &shared) {
+template <class Shared>
+QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece, int32_t tiles, uint32_t first_fill, Shared &shared) {
+  constexpr int kDim = Shared::kDim;
   constexpr int kPanels = kDim / 64, kLoads = kHopperRowsOfWarp / 8 * kPanels, kStride = kHopperProducers * 16;
   const bool is_key = produces_keys();
   const quantkv_half &half = is_key ? params.op.cache.k : params.op.cache.v;
@@ -122,6 +157,7 @@ QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece,
   QKV_NO_UNROLL
   for (int32_t j = 0; j < tiles; j++) {
     const uint32_t holes = ballot(block == Source::kHole);
+    const int32_t own_tile = tile, own_block = block;
     if (j + 1 < tiles) {
       tile += kHopperKeys;
       block = source.block_of_entry(entry, tile);
@@ -132,6 +168,15 @@ QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece,
     const RingPosition ring = {first_fill + fill_of_tile(is_key, j, tiles)};
     phase_barrier_wait(&shared.empty[ring.slot()], ring.parity() ^ 1);
     if (is_key) store_holes(shared.holes[ring.slot()], holes);
+    if constexpr (Shared::kDynamic) {
+      if (is_key) {
+        ScalesOfRows scales;
+        scales.read(params, source, piece.kv_head, own_tile, own_block);
+        const ScalesPosition at(ring.fill);
+        phase_barrier_wait(&shared.scales_empty[at.slot()], at.parity() ^ 1);
+        scales.store(shared.scales[at.slot()]);
+      }
+    }
     copy_async_wait<1>();
     unsigned char *even = shared.slots[ring.slot()][0] + offset, *odd = shared.slots[ring.slot()][0] + (offset ^ 16);
     dispatch_format(format_of(half), [&](auto tag) {
@@ -163,9 +208,9 @@ QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece,
 }
 
 // 16-bit elements: copied to the slot in the background; it is said to be full when the next one is on its way.
-template <int kDim>
-QKV_DEVICE void produce_copies(const AttentionParams &params, const Piece &piece, int32_t tiles, uint32_t first_fill,
-                               HopperShared<kDim> &shared) {
+template <class Shared>
+QKV_DEVICE void produce_copies(const AttentionParams &params, const Piece &piece, int32_t tiles, uint32_t first_fill, Shared &shared) {
+  constexpr int kDim = Shared::kDim;
   constexpr int kPanels = kDim / 64;
   const bool is_key = produces_keys();
   using Source = RowSource<2, kPanels>;
@@ -196,8 +241,8 @@ QKV_DEVICE void produce_copies(const AttentionParams &params, const Piece &piece
   slot_is_full(&shared.full[before.slot()]);
 }
 
-template <bool kIsCodes, int kDim>
-QKV_DEVICE void produce(const AttentionParams &params, const WorkList &list, HopperShared<kDim> &shared) {
+template <bool kIsCodes, class Shared>
+QKV_DEVICE void produce(const AttentionParams &params, const WorkList &list, Shared &shared) {
   const bool steps = thread_index() == kHopperConsumers; // of K, whose last tile is done first
   uint32_t fill = 0;
   for (uint32_t n = 0;; n++) {
@@ -207,9 +252,9 @@ QKV_DEVICE void produce(const AttentionParams &params, const WorkList &list, Hop
     if (piece == nullptr) break;
     const int32_t tiles = tiles_of(*piece);
     if constexpr (kIsCodes) {
-      produce_codes<kDim>(params, *piece, tiles, fill, shared);
+      produce_codes(params, *piece, tiles, fill, shared);
     } else {
-      produce_copies<kDim>(params, *piece, tiles, fill, shared);
+      produce_copies(params, *piece, tiles, fill, shared);
     }
     fill += static_cast<uint32_t>(2 * tiles);
     piece_is_done(n, shared);

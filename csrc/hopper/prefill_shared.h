@@ -1,6 +1,7 @@
 // What the warps of a block of the prefill kernel share: sizes, shared memory, the ring of slots, the ring of pieces.
 // See paged_attention_prefill.h.
 #pragma once
+#include <type_traits>
 #include "../core/prim_hopper.h"
 #include "../ops/paged_attention_prefill_rows.h"
 
@@ -11,20 +12,33 @@ constexpr int kHopperConsumerWarps = kHopperRows / 16, kHopperProducerWarps = 4;
 constexpr int kHopperWarpsOfFill = kHopperProducerWarps / 2, kHopperRowsOfWarp = kHopperKeys / kHopperWarpsOfFill;
 constexpr int kHopperConsumers = kHopperConsumerWarps * kWarp, kHopperProducers = kHopperProducerWarps * kWarp;
 constexpr int kHopperThreads = kHopperConsumers + kHopperProducers;
-// Of 168 a thread, which is what a block of this size has.
-constexpr int kHopperConsumerRegisters = 216, kHopperProducerRegisters = 72;
+// Of 168 a thread, which is what a block of this size has. Producers that look dynamic scales up need more.
+template <bool kDynamic> constexpr int kHopperConsumerRegisters = kDynamic ? 208 : 216;
+template <bool kDynamic> constexpr int kHopperProducerRegisters = kDynamic ? 88 : 72;
 
-template <int kDim> struct HopperShared {
-  static constexpr int kPanels = kDim / 64;
+// Dynamic scales of a tile: of K's rows and of V's, the largest of V's that each of K's producers has.
+struct HopperScales {
+  alignas(8) float k[kHopperKeys];
+  alignas(8) float v[kHopperKeys];
+  float tops[kHopperWarpsOfFill];
+};
+struct NoScales {};
+
+// With what 128 channels and dynamic scales take there are 64 bytes left.
+template <int Dim, bool Dynamic> struct HopperShared {
+  static constexpr int kDim = Dim, kPanels = kDim / 64;
+  static constexpr bool kDynamic = Dynamic;
   alignas(1024) unsigned char query[kPanels][kHopperRows * kPanelRow]; // at the end the outputs
   alignas(1024) unsigned char slots[kHopperSlots][kPanels][kHopperKeys * kPanelRow];
   // 8-bit codes on their way: two tiles of K and V, in the order of the threads that copy and decode them.
   alignas(16) unsigned char codes[2][2][kHopperKeys * kDim];
   alignas(16) uint64_t full[kHopperSlots];
   uint64_t empty[kHopperSlots];
+  uint64_t scales_empty[2];
   // Of K's slots: byte w, bit i: keys 32w + 8i .. + 8 are in a block that the table does not name.
   alignas(4) unsigned char holes[kHopperSlots][4];
   float query_factors[kHopperRows];
+  std::conditional_t<kDynamic, HopperScales, NoScales> scales[2]; // in turn
   // Pieces, in a ring too: one producer steps through the work, everyone takes them from here.
   SharedWork work;
   Piece pieces[kHopperPieces];
@@ -32,9 +46,6 @@ template <int kDim> struct HopperShared {
   alignas(8) uint64_t piece_full[kHopperPieces];
   uint64_t piece_empty[kHopperPieces];
 };
-
-// The panels begin at a multiple of 1024 bytes.
-template <int kDim> constexpr size_t kHopperSharedBytes = sizeof(HopperShared<kDim>) + 1024;
 
 #if QKV_HAS_WARPGROUP_PRODUCTS
 
@@ -48,6 +59,14 @@ struct RingPosition {
   QKV_DEVICE int parity() const { return static_cast<int>(fill / kHopperSlots % 2); }
 };
 
+// Which of the scales are those of the tile whose K is the ring's fill, and the parity of their phases.
+struct ScalesPosition {
+  uint32_t number; // of all tiles of the block: two fills are one tile's
+  QKV_DEVICE explicit ScalesPosition(uint32_t fill_of_keys) : number((fill_of_keys + 1) / 2) {}
+  QKV_DEVICE int slot() const { return static_cast<int>(number % 2); }
+  QKV_DEVICE int parity() const { return static_cast<int>(number / 2 % 2); }
+};
+
 // Tiles of a piece; one at least.
 QKV_DEVICE int32_t first_tile_of(const Piece &piece) { return piece.begin / kHopperKeys * kHopperKeys; }
 QKV_DEVICE int32_t tiles_of(const Piece &piece) {
@@ -55,9 +74,8 @@ QKV_DEVICE int32_t tiles_of(const Piece &piece) {
 }
 
 // Publishes piece n, or that there is none. One thread.
-template <int kDim>
-QKV_DEVICE void step_pieces(const AttentionParams &params, const WorkList &list, uint32_t n,
-                            HopperShared<kDim> &shared) {
+template <class Shared>
+QKV_DEVICE void step_pieces(const AttentionParams &params, const WorkList &list, uint32_t n, Shared &shared) {
   const int at = static_cast<int>(n % kHopperPieces);
   phase_barrier_wait(&shared.piece_empty[at], static_cast<int>(n / kHopperPieces % 2) ^ 1);
   shared.is_piece[at] = shared.work.next(params, list, n == 0, true, [] {});
@@ -66,14 +84,14 @@ QKV_DEVICE void step_pieces(const AttentionParams &params, const WorkList &list,
 }
 
 // Waits for piece n; null if there is none.
-template <int kDim> QKV_DEVICE const Piece *piece_of(uint32_t n, HopperShared<kDim> &shared) {
+template <class Shared> QKV_DEVICE const Piece *piece_of(uint32_t n, Shared &shared) {
   const int at = static_cast<int>(n % kHopperPieces);
   phase_barrier_wait(&shared.piece_full[at], static_cast<int>(n / kHopperPieces % 2));
   return shared.is_piece[at] ? &shared.pieces[at] : nullptr;
 }
 
 // The warp needs piece n no more.
-template <int kDim> QKV_DEVICE void piece_is_done(uint32_t n, HopperShared<kDim> &shared) {
+template <class Shared> QKV_DEVICE void piece_is_done(uint32_t n, Shared &shared) {
   sync_warp();
   if (lane_index() == 0) phase_barrier_arrive(&shared.piece_empty[n % kHopperPieces]);
 }

@@ -6,15 +6,16 @@
 
 namespace quantkv {
 
-// Format F of K and V; query rows a block holds. In DecodeTiles' terms a warp has a part of 16 tokens in each tile of 64.
-template <Format F, int Rows> struct WideShape {
+// Format F of K and V; query rows a block holds; dynamic scales. In DecodeTiles' terms a warp has a part of 16 tokens in each tile of 64.
+template <Format F, int Rows, bool Dynamic> struct WideShape {
   static_assert(is_quantized(F), "codes are widened on their way to the product");
   static_assert(Rows == 32 || Rows == 64, "n of the products");
   static constexpr int kRows = Rows, kRowTiles = Rows / 8;
   static constexpr int kDim = 128, kElement = 1, kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr bool kPacked = false; // rows
+  static constexpr bool kDynamic = Dynamic;
   static constexpr int kPart = 16, kParts = 1, kTokens = kWarps * kPart;
-  static constexpr int kBlocks = Rows <= 32 ? 4 : 2; // of a multiprocessor
+  static constexpr int kBlocks = Rows > 32 ? 2 : Dynamic ? 3 : 4; // of a multiprocessor
   static constexpr int kValueSlots = 3;
   static constexpr int kMostPieces = 15; // that are merged in one step, as in DecodeShape
   // Weights of two tiles in turn: side by side in one panel, where they fit.
@@ -95,7 +96,11 @@ template <class Shape> struct WideShared {
   float of_warps[Shape::kWarps][Shape::kRows]; // maxima or sums
   int32_t token[Shape::kRows], head[Shape::kRows];
   float end_factor[Shape::kRows];
-  uint32_t above[2]; // the last tile, of each parity, with scores far above what weights are relative to
+  uint32_t above[2]; // the last tile, of each parity, with scores (or scales) far above what weights are relative to
+  // Dynamic scales of each warp's tokens of a tile, in turn; the inverse of the power of two that V's are relative to, in two versions as
+  // rows are; the largest of V's that each warp has.
+  TileScales scales[Shape::kDynamic ? 2 * Shape::kWarps : 1];
+  float v_inverse[2], scales_of_warps[Shape::kWarps];
   WideWork works[Shape::kWarps];
   WideOffsets offsets[Shape::kThreads];
 };
@@ -195,6 +200,22 @@ template <class Shape> struct WideLoader {
     copy_async_commit();
   }
 
+  // Asks for the dynamic scales of the warp's tokens of the cursor's tile: a lane has one, of token lane % 16, of K or from lane 16 on
+  // of V. Those of tokens that are not there are any.
+  QKV_DEVICE void copy_scales(const WideCursor &cursor, int32_t low, int32_t high) const {
+    const int32_t lane = forget(lane_index()), token = lane % Shape::kPart, slot = (cursor.position + token) & ((1 << params.paging.block_shift) - 1);
+    const bool of_values = lane >= Shape::kPart;
+    const float *const from = of_values ? params.op.cache.v.dynamic : params.op.cache.k.dynamic;
+    TileScales &to = shared.scales[2 * (reread_thread_index() / kWarp) + cursor.number % 2];
+    float *const own = of_values ? &to.v[token] : &to.k[token];
+    if (from == nullptr) {
+      *own = 1.0f;
+    } else {
+      const int32_t head = work.pieces[cursor.piece % kWidePieces].kv_head;
+      copy_async_4(own, from + dynamic_scale_index(params.paging, larger_of(token < 8 ? low : high, 0), head, slot));
+    }
+  }
+
   // What will be needed after this piece's first tile, while that is on its way: blocks of its second batch, the next piece.
   QKV_DEVICE void look_ahead(int32_t piece) const {
     const Tiles of_piece(params, work.pieces[piece % kWidePieces]);
@@ -232,6 +253,8 @@ template <class Shape> struct WideLoader {
     unsigned char *const v_to = shared.values[cursor.number % Shape::kValueSlots] + to_values;
 
     const int32_t block = work.blocks[cursor.in_batch];
+    const int32_t low = halved ? work.blocks[2 * cursor.in_batch] : block, high = halved ? work.blocks[2 * cursor.in_batch + 1] : block;
+    if constexpr (Shape::kDynamic) copy_scales(cursor, low, high); // in the group of K's copies
     const bool is_first = cursor.is_first != 0, is_last = cursor.left == 1;
     WideTile tile = {cursor.position, {3}, (is_first ? WideTile::kFirst : 0) | (is_last ? WideTile::kLast : 0)};
     const bool is_seen = cursor.seen.has(cursor.position);
@@ -245,7 +268,6 @@ template <class Shape> struct WideLoader {
       copy(first(k, inside.w[0]), 4 * Tiles::bytes(k.map.slot_stride), k_to, 0);
       copy(first(v, inside.w[1]), 4 * Tiles::bytes(v.map.slot_stride), v_to, v_flip);
     } else {
-      const int32_t low = halved ? work.blocks[2 * cursor.in_batch] : block, high = halved ? work.blocks[2 * cursor.in_batch + 1] : block;
       tile.halves = {(low >= 0 ? 1 : 0) | (high >= 0 ? 2 : 0)};
       if (is_seen && tile.halves.both()) tile.flags |= WideTile::kSeen;
       copy_some(k, inside.w[0], cursor, low, high, tile.halves, k_to, 0);

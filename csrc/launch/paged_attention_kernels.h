@@ -47,10 +47,10 @@ int launch_decode(const AttentionParams &params, const WorkList &list, const Dev
 // The same of 17 to 64 rows, for devices of compute capability 9.0. `rows`: of the longest sequence. A piece costs much: some 3000
 // instructions a warp that seldom run, and are cold.
 constexpr int32_t kDecodeWideTile = 64;
-template <int Rows> constexpr int32_t kDecodeWideBlocks = Rows == 32 ? 4 : 2; // of a multiprocessor
+template <int Rows, bool Dynamic> constexpr int32_t kDecodeWideBlocks = Rows > 32 ? 2 : Dynamic ? 3 : 4; // of a multiprocessor
 template <int Rows> constexpr int32_t kDecodeWidePieceCost = Rows == 32 ? 10 : 12;
-template <int Rows>
-constexpr KernelShape kDecodeWideShape = {kDecodeWideTile, Rows, kDecodeWideBlocks<Rows>, 2, kDecodeWidePieceCost<Rows>};
+template <int Rows, bool Dynamic = false>
+constexpr KernelShape kDecodeWideShape = {kDecodeWideTile, Rows, kDecodeWideBlocks<Rows, Dynamic>, 2, kDecodeWidePieceCost<Rows>};
 KernelShape decode_wide_shape(const quantkv_paged_attention &op, const Device &device, int64_t rows);
 int launch_decode_wide(const AttentionParams &params, const WorkList &list, quantkv_stream stream);
 

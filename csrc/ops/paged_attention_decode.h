@@ -43,10 +43,6 @@ template <class Shape> QKV_DEVICE int shared_pair(int channel) {
   return tile * Shape::kTileStride + 2 * g;
 }
 
-constexpr float kLargestUnit = 8.50705917e37f; // 2^126
-// Of a power of two between 2^-126 and that.
-QKV_DEVICE float inverse_of(float power) { return float_of(0x7f000000u - bits_of(power)); }
-
 // Softmax state of a warp: rows 2t, 2t + 1 of each row tile. Sums are of this lane's tokens alone.
 template <class Shape> struct DecodeState {
   float o[Shape::kRowTiles][Shape::kSteps][4];
@@ -125,8 +121,7 @@ template <class Shape> QKV_DEVICE void follow_scales(DecodeState<Shape> &state, 
   if (!any(largest * state.v_inverse >= 2.0f)) return;
   QKV_UNROLL
   for (int mask = 4; mask < 32; mask *= 2) largest = maximum(largest, shuffle_xor(largest, mask));
-  // The power of two at or below the largest scale: scales are normal, so it is, too; and so is its inverse, up to 2^126.
-  const float unit = float_of(bits_of(largest < kLargestUnit ? largest : kLargestUnit) & 0x7f800000u), inverse = inverse_of(unit);
+  const float inverse = inverse_unit(largest);
   if (inverse < state.v_inverse) {
     const float factor = inverse * inverse_of(state.v_inverse);
     QKV_UNROLL

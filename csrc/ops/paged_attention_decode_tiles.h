@@ -6,8 +6,16 @@
 
 namespace quantkv {
 
-// No scale is smaller: 2^-126.
-constexpr float kSmallestScale = 1.17549435e-38f;
+// No scale is smaller: 2^-126. And 2^126.
+constexpr float kSmallestScale = 1.17549435e-38f, kLargestUnit = 8.50705917e37f;
+
+// Of a power of two between these.
+QKV_DEVICE float inverse_of(float power) { return float_of(0x7f000000u - bits_of(power)); }
+
+// The inverse of the power of two at or below a scale: scales are normal, so it is, too, and its inverse, up to 2^126.
+QKV_DEVICE float inverse_unit(float scale) {
+  return inverse_of(float_of(bits_of(scale < kLargestUnit ? scale : kLargestUnit) & 0x7f800000u));
+}
 
 constexpr int kLine = 128; // bytes of a line of L2
 

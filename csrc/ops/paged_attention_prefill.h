@@ -221,30 +221,6 @@ QKV_DEVICE void weigh_tile(PrefillRows &rows, float rescale_unit, float (&s)[kKe
   }
 }
 
-// The unit of the accumulators once a tile with these dynamic scales is in; answers what they are multiplied by.
-template <int kKeys> QKV_DEVICE float grow_unit(PrefillRows &rows, const float *maxima) {
-  float top = maxima[0];
-  QKV_UNROLL
-  for (int i = 1; i < kKeys / kWarp; i++) top = maximum(top, maxima[i]);
-  // The power of two above, within 2^-126 .. 2^126: its reciprocal is normal.
-  uint32_t bits = (bits_of(top) + 0x7fffffu) & 0x7f800000u;
-  bits = bits < 0x00800000u ? 0x00800000u : bits > 0x7e800000u ? 0x7e800000u : bits;
-  float unit = maximum(rows.unit, float_of(bits)), rescale = divide(rows.unit, unit);
-  rows.unit = unit;
-  return rescale;
-}
-
-template <int kKeys>
-QKV_DEVICE void scale_weights(const PrefillRows &rows, const float *v_dynamic, float (&p)[kKeys / 8][4]) {
-  const int column = 2 * (lane_index() % 4);
-  float to_unit = divide(1.0f, rows.unit);
-  QKV_UNROLL
-  for (int n = 0; n < kKeys / 8; n++) {
-    QKV_UNROLL
-    for (int i = 0; i < 4; i++) p[n][i] *= v_dynamic[8 * n + column + i % 2] * to_unit;
-  }
-}
-
 // ---- a piece
 
 // Whether some row of the piece does not see some token of the tile.
@@ -317,7 +293,7 @@ QKV_DEVICE void attend_prefill(const AttentionParams &params, const WorkList &li
     }
     bool is_masked = needs_mask<kKeys>(params, piece, first, shared.present[stage]);
     score_tile<kKeys>(params, rows, first, shared.k_dynamic[stage], shared.present[stage], is_masked, s);
-    float rescale_unit = v.dynamic == nullptr ? 1.0f : grow_unit<kKeys>(rows, shared.v_dynamic_max[stage]);
+    float rescale_unit = v.dynamic == nullptr ? 1.0f : grow_unit(rows, shared.v_dynamic_max[stage]);
     weigh_tile<kKeys>(rows, rescale_unit, s, o);
     if (v.dynamic != nullptr) scale_weights<kKeys>(rows, shared.v_dynamic[stage], s);
 

@@ -97,17 +97,19 @@ struct PrefillRows {
   float unit;      // accumulators are in this unit: a power of two not below any dynamic V scale met so far
 };
 
-QKV_DEVICE int prefill_row(int half) { return warp_index() * 16 + lane_index() / 4 + 8 * half; }
+// Of a thread: read again where that is rare, so that nothing of it is kept from piece to piece.
+QKV_DEVICE int prefill_row(int thread, int half) { return thread / kWarp * 16 + thread % kWarp / 4 + 8 * half; }
 
 QKV_DEVICE PrefillRows start_prefill_rows(const AttentionParams &params, const Piece &piece,
                                           const float *query_factors) {
   const quantkv_half &k = params.op.cache.k;
+  const int thread = reread_thread_index();
   PrefillRows rows;
   float factor = params.score_factor;
   if (is_quantized(format_of(k)) && k.scale.channel_stride == 0) factor *= static_scale(k.scale, piece.kv_head, 0);
   QKV_UNROLL
   for (int half = 0; half < 2; half++) {
-    int row = prefill_row(half);
+    int row = prefill_row(thread, half);
     bool exists = row < piece.rows();
     rows.visible[half] = exists ? visible_to(params, piece.first_position + row / piece.num_heads) : Visible{0, -1};
     rows.factor[half] = factor * query_factors[row];
@@ -134,18 +136,47 @@ QKV_DEVICE void mask_tile(const PrefillRows &rows, int32_t first, const uint32_t
   }
 }
 
+// Products times the dynamic scales of K.
+template <int kKeys> QKV_DEVICE void scale_products(const float *k_dynamic, float (&s)[kKeys / 8][4]) {
+  const int column = 2 * (forget(lane_index()) % 4);
+  QKV_UNROLL
+  for (int n = 0; n < kKeys / 8; n++) {
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) s[n][i] *= k_dynamic[8 * n + column + i % 2];
+  }
+}
+
+// The unit of the accumulators once a tile with these dynamic scales is in; answers what they are multiplied by.
+template <int kMaxima> QKV_DEVICE float grow_unit(PrefillRows &rows, const float (&maxima)[kMaxima]) {
+  float top = maxima[0];
+  QKV_UNROLL
+  for (int i = 1; i < kMaxima; i++) top = maximum(top, maxima[i]);
+  // The power of two above, within 2^-126 .. 2^126: its reciprocal is normal.
+  uint32_t bits = (bits_of(top) + 0x7fffffu) & 0x7f800000u;
+  bits = bits < 0x00800000u ? 0x00800000u : bits > 0x7e800000u ? 0x7e800000u : bits;
+  float unit = maximum(rows.unit, float_of(bits)), rescale = divide(rows.unit, unit);
+  rows.unit = unit;
+  return rescale;
+}
+
+// Weights times the dynamic scales of V, in that unit.
+template <int kKeys>
+QKV_DEVICE void scale_weights(const PrefillRows &rows, const float *v_dynamic, float (&p)[kKeys / 8][4]) {
+  const int column = 2 * (forget(lane_index()) % 4);
+  float to_unit = divide(1.0f, rows.unit);
+  QKV_UNROLL
+  for (int n = 0; n < kKeys / 8; n++) {
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) p[n][i] *= v_dynamic[8 * n + column + i % 2] * to_unit;
+  }
+}
+
 // Products to scores in base 2; -inf where a key is not visible.
 template <int kKeys>
 QKV_DEVICE void score_tile(const AttentionParams &params, const PrefillRows &rows, int32_t first,
                            const float *k_dynamic, const uint32_t *present, bool is_masked, float (&s)[kKeys / 8][4]) {
   const int column = 2 * (lane_index() % 4);
-  if (params.op.cache.k.dynamic != nullptr) {
-    QKV_UNROLL
-    for (int n = 0; n < kKeys / 8; n++) {
-      QKV_UNROLL
-      for (int i = 0; i < 4; i++) s[n][i] *= k_dynamic[8 * n + column + i % 2];
-    }
-  }
+  if (params.op.cache.k.dynamic != nullptr) scale_products<kKeys>(k_dynamic, s);
   QKV_UNROLL
   for (int n = 0; n < kKeys / 8; n++) {
     QKV_UNROLL
@@ -175,12 +206,13 @@ QKV_DEVICE void score_tile(const AttentionParams &params, const PrefillRows &row
 template <int kDim>
 QKV_DEVICE void store_prefill_partial(const AttentionParams &params, const WorkList &list, const Piece &piece,
                                       const PrefillRows &rows, const float (&o)[kDim / 8][4]) {
+  const int thread = reread_thread_index(), column = 2 * (thread % 4);
   QKV_UNROLL
   for (int half = 0; half < 2; half++) {
-    int row = prefill_row(half);
+    int row = prefill_row(thread, half);
     if (row >= piece.rows()) continue;
-    if (lane_index() % 4 == 0) store_partial_state(list, piece.slot, row, rows.max[half], rows.sum[half]);
-    float *values = partial_values(list, piece.slot, row) + 2 * (lane_index() % 4);
+    if (column == 0) store_partial_state(list, piece.slot, row, rows.max[half], rows.sum[half]);
+    float *values = partial_values(list, piece.slot, row) + column;
     QKV_UNROLL
     for (int c = 0; c < kDim / 8; c++) {
       if (c * 8 >= params.op.cache.v.head_dim) break;
@@ -195,13 +227,13 @@ template <int kDim, class Place>
 QKV_DEVICE void store_prefill_output(const AttentionParams &params, const Piece &piece, const PrefillRows &rows,
                                      const float (&o)[kDim / 8][4], Place place) {
   const quantkv_half &v = params.op.cache.v;
-  const int lane = forget(lane_index()), column = 2 * (lane % 4); // nothing of this is kept from piece to piece
+  const int thread = reread_thread_index(), lane = thread % kWarp, column = 2 * (lane % 4);
   const bool is_uniform = !is_quantized(format_of(v)) || v.scale.channel_stride == 0;
   const float one_scale = is_uniform ? static_scale(v, piece.kv_head, 0) : 0.0f;
   sync_warp();
   QKV_UNROLL
   for (int half = 0; half < 2; half++) {
-    int row = prefill_row(half);
+    int row = prefill_row(thread, half);
     if (row >= piece.rows()) continue;
     int token = piece.first_token + row / piece.num_heads, head = piece.first_head + row % piece.num_heads;
     SoftmaxEnd end = end_of_row(params, head, rows.max[half], rows.sum[half]);
@@ -221,7 +253,7 @@ QKV_DEVICE void store_prefill_output(const AttentionParams &params, const Piece 
   }
   sync_warp();
   for (int i = lane; i < 16 * (kDim / 8); i += kWarp) {
-    int row = warp_index() * 16 + i / (kDim / 8), chunk = i % (kDim / 8);
+    int row = thread / kWarp * 16 + i / (kDim / 8), chunk = i % (kDim / 8);
     if (row >= piece.rows() || chunk * 8 >= v.head_dim) continue;
     int token = piece.first_token + row / piece.num_heads, head = piece.first_head + row % piece.num_heads;
     uint16_t *to = static_cast<uint16_t *>(params.op.output.data) + row_index(params.op.output, token, head);
