@@ -10,7 +10,7 @@ mod devices;
 #[path = "../testing/oracle/mod.rs"]
 mod oracle;
 
-use attention_cases::{Parameters, build, fill_visible, parameters, simple};
+use attention_cases::{Parameters, build, fill_visible, parameters, simple, swing_values};
 
 use devices::{Device, attention_devices};
 use oracle::attention::{
@@ -249,7 +249,7 @@ fn vllm_prefill_shapes() {
 }
 
 /// Many queries over caches with dynamic scales, of several tiles of 128 keys and several pieces, some of whose blocks the table
-/// does not name. Scales grow and shrink with the position, by more than a factor of 2 between tiles.
+/// does not name. V's scales grow and shrink from tile to tile.
 #[test]
 fn prefill_over_dynamic_scales() {
     let formats = [KvFormat::Fp8E4M3, KvFormat::Fp8E5M2, KvFormat::Fp8E4M3Fnuz];
@@ -262,16 +262,7 @@ fn prefill_over_dynamic_scales() {
         let parameters =
             Parameters { dtype: [DType::BF16, DType::F16][i % 2], window, ..simple(geometry, 3, sequences) };
         let mut case = build(&parameters);
-        for (seq, &length) in case.seq_lens.iter().enumerate() {
-            for position in 0..length as usize {
-                let block = case.tables[seq * case.table_stride + position / block_size] as usize;
-                for head in 0..2 {
-                    let at = geometry.dynamic_index(block, head, position % block_size);
-                    let scales = case.layer.dynamic_mut(Half::V).as_mut().unwrap();
-                    scales[at] *= 2f32.powi((position / 100 % 4) as i32 * 3 - 4);
-                }
-            }
-        }
+        swing_values(&mut case, 130);
         check_all(&case, (dim, block_size, window));
         if block_size == 16 {
             case.tables[200 / block_size..][..150 / block_size].fill(-1);

@@ -8,13 +8,12 @@ mod devices;
 #[path = "../testing/oracle/mod.rs"]
 mod oracle;
 
-use attention_cases::{Parameters, build, fill_visible, simple};
+use attention_cases::{Parameters, build, fill_visible, simple, swing_values};
 use devices::attention_devices;
 use oracle::attention::{Arithmetic, AttentionCase, check_attention, expect};
 use oracle::geometry::{Geometry, Layer, Scales};
 use oracle::run;
 use oracle::strategy::{Rng, ScaleKind};
-use quantkv::layout::Half;
 use quantkv::{CacheLayout, DType, KvFormat};
 
 fn check_all(case: &AttentionCase, what: impl std::fmt::Debug) {
@@ -104,10 +103,7 @@ fn maxima_that_move() {
             let geometry = Geometry { dynamic, ..geometry(CacheLayout::Hnd, 8, 16, &sequences) };
             let mut case = build(&Parameters { alibi, ..wide(geometry, 8, sequences.clone()) });
             case.params.softmax_scale *= factor;
-            if let Some(scales) = case.layer.dynamic_mut(Half::V) {
-                // Of every fifth block so much larger than of the others that f16 would not hold the weights.
-                scales.chunks_exact_mut(8 * 16).step_by(5).flatten().for_each(|scale| *scale *= 1024.0);
-            }
+            swing_values(&mut case, 70);
             check_all(&case, (factor, alibi, dynamic));
         }
     }
