@@ -259,10 +259,10 @@ fn prefill_over_dynamic_scales() {
         let blocks = sequences.iter().map(|&(before, new): &(usize, usize)| (before + new).div_ceil(block_size)).sum();
         let plain = Geometry::plain(CacheLayout::Hnd, (2, dim), (block_size, blocks), formats[i]);
         let geometry = Geometry { dynamic: true, ..plain };
-        let parameters =
-            Parameters { dtype: [DType::BF16, DType::F16][i % 2], window, ..simple(geometry, 3, sequences) };
+        // f16 outputs would overflow.
+        let parameters = Parameters { dtype: DType::BF16, window, ..simple(geometry, 3, sequences) };
         let mut case = build(&parameters);
-        swing_values(&mut case, 130);
+        swing_values(&mut case, 130, 64.0);
         check_all(&case, (dim, block_size, window));
         if block_size == 16 {
             case.tables[200 / block_size..][..150 / block_size].fill(-1);

@@ -177,10 +177,10 @@ pub fn fill_visible(case: &mut AttentionCase, rng: &mut Rng) {
     }
 }
 
-/// Makes V's dynamic scales, if there are any, grow and shrink with the position: from one run of `period` tokens to the next
-/// 64 times larger, twice, then 4096 times smaller. What a kernel's weights are relative to must follow, and f16 would not
-/// hold weights that did not.
-pub fn swing_values(case: &mut AttentionCase, period: usize) {
+/// Makes V's dynamic scales, if there are any, grow and shrink with the position: of runs of `period` tokens 1, `factor`, its
+/// square, and 1 again. What a kernel's weights are relative to must follow.
+/// K's are small, so that it is not scores that are followed.
+pub fn swing_values(case: &mut AttentionCase, period: usize, factor: f32) {
     let geometry = case.geometry;
     for (seq, &length) in case.seq_lens.iter().enumerate() {
         for position in 0..length as usize {
@@ -188,7 +188,8 @@ pub fn swing_values(case: &mut AttentionCase, period: usize) {
             for head in 0..geometry.heads {
                 let at = geometry.dynamic_index(block, head, position % geometry.block_size);
                 let Some(scales) = case.layer.dynamic_mut(Half::V) else { return };
-                scales[at] *= 64f32.powi((position / period % 3) as i32 - 1);
+                scales[at] = factor.powi((position / period % 3) as i32);
+                case.layer.dynamic_mut(Half::K).as_mut().unwrap()[at] = 1.0 / 1024.0;
             }
         }
     }
