@@ -81,10 +81,10 @@ QKV_DEVICE HopperTiles hopper_tiles(const AttentionParams &params, const Piece &
 }
 
 // Products of a tile to weights: dynamic scales of K, scores, masks, softmax.
-template <class Scales>
+template <bool kDynamic>
 QKV_DEVICE void weigh_tile(PrefillRows &rows, const HopperTiles &tiles, int32_t first, uint32_t holes, bool is_positive,
-                           const Scales &scales, float (&s)[kHopperKeys / 8][4], float (&rescale)[2]) {
-  if constexpr (std::is_same_v<Scales, HopperScales>) scale_products<kHopperKeys>(scales.k, s);
+                           const HopperScales<kDynamic> &scales, float (&s)[kHopperKeys / 8][4], float (&rescale)[2]) {
+  if constexpr (kDynamic) scale_products<kHopperKeys>(scales.k, s);
   const bool is_masked = holes != 0 || first < tiles.masked_below || first + kHopperKeys - 1 > tiles.masked_from;
   uint32_t present[4];
   QKV_UNROLL

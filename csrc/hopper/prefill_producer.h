@@ -116,7 +116,7 @@ struct ScalesOfRows {
     }
   }
 
-  QKV_DEVICE void store(HopperScales &scales) const {
+  QKV_DEVICE void store(HopperScales<true> &scales) const {
     const int thread = reread_thread_index(), first_row = (thread - kHopperConsumers) / kWarp * kHopperRowsOfWarp + thread % kWarp;
     float top = 0.0f;
     QKV_UNROLL

@@ -1,7 +1,6 @@
 // What the warps of a block of the prefill kernel share: sizes, shared memory, the ring of slots, the ring of pieces.
 // See paged_attention_prefill.h.
 #pragma once
-#include <type_traits>
 #include "../core/prim_hopper.h"
 #include "../ops/paged_attention_prefill_rows.h"
 
@@ -17,12 +16,12 @@ template <bool kDynamic> constexpr int kHopperConsumerRegisters = kDynamic ? 208
 template <bool kDynamic> constexpr int kHopperProducerRegisters = kDynamic ? 88 : 72;
 
 // Dynamic scales of a tile: of K's rows and of V's, the largest of V's that each of K's producers has.
-struct HopperScales {
+template <bool kDynamic> struct HopperScales {};
+template <> struct HopperScales<true> {
   alignas(8) float k[kHopperKeys];
   alignas(8) float v[kHopperKeys];
   float tops[kHopperWarpsOfFill];
 };
-struct NoScales {};
 
 // With what 128 channels and dynamic scales take there are 64 bytes left.
 template <int Dim, bool Dynamic> struct HopperShared {
@@ -38,7 +37,7 @@ template <int Dim, bool Dynamic> struct HopperShared {
   // Of K's slots: byte w, bit i: keys 32w + 8i .. + 8 are in a block that the table does not name.
   alignas(4) unsigned char holes[kHopperSlots][4];
   float query_factors[kHopperRows];
-  std::conditional_t<kDynamic, HopperScales, NoScales> scales[2]; // in turn
+  HopperScales<kDynamic> scales[2]; // in turn
   // Pieces, in a ring too: one producer steps through the work, everyone takes them from here.
   SharedWork work;
   Piece pieces[kHopperPieces];
