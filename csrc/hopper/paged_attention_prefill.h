@@ -18,8 +18,8 @@
 // registers.
 //
 // Scores, range and scales: as in ops/paged_attention_prefill.h, without soft cap and ALiBi. Dynamic scales of a tile, K's and V's,
-// come with its K: scores are multiplied by K's, weights by V's. A row's
-// max follows its scores only when they outgrow it by 2^8: weights are at most 2^8, accumulators seldom rescaled.
+// come with its K: scores are multiplied by K's, weights by V's. A row's max follows its scores only when they outgrow it by
+// 2^8: weights are at most 2^8, accumulators seldom rescaled.
 //
 // docs/kernels/cuda-prefill.md has the clock budget, and what else was tried.
 #pragma once
