@@ -40,6 +40,8 @@ QKV_HOST_DEVICE constexpr float max_finite(Format format) {
   return format == Format::E4M3 ? 448.0f : format == Format::E5M2 ? 57344.0f : 240.0f;
 }
 
+QKV_DEVICE float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
+
 // ---- codes from f32
 
 // Normal results: drop 23-M mantissa bits by "add half minus one plus the kept bit" and rebias; a carry out of the

@@ -85,13 +85,7 @@ template <bool kDynamic>
 QKV_DEVICE void weigh_tile(PrefillRows &rows, const HopperTiles &tiles, int32_t first, uint32_t holes, bool is_positive,
                            const HopperScales<kDynamic> &scales, float (&s)[kHopperKeys / 8][4], float (&rescale)[2]) {
   if constexpr (kDynamic) scale_products<kHopperKeys>(scales.k, s);
-  const bool is_masked = holes != 0 || first < tiles.masked_below || first + kHopperKeys - 1 > tiles.masked_from;
-  uint32_t present[4];
-  QKV_UNROLL
-  for (int i = 0; i < 4; i++) {
-    // A bit of eight keys to a bit each.
-    present[i] = ~(((holes >> 8 * i & 0xf) * 0x00204081u & 0x01010101u) * 0xffu);
-  }
+  const bool is_masked = first < tiles.masked_below || first + kHopperKeys - 1 > tiles.masked_from;
   float factor[2] = {rows.factor[0], rows.factor[1]};
   if (!is_positive) {
     QKV_UNROLL
@@ -104,7 +98,16 @@ QKV_DEVICE void weigh_tile(PrefillRows &rows, const HopperTiles &tiles, int32_t 
       factor[half] = 1.0f;
     }
   }
-  if (is_masked) mask_tile<kHopperKeys>(rows, first, present, s);
+  if (is_masked) mask_tile<kHopperKeys>(rows, first, s);
+  if (holes != 0) {
+    uint32_t present[4];
+    QKV_UNROLL
+    for (int i = 0; i < 4; i++) {
+      // A bit of eight keys to a bit each.
+      present[i] = ~(((holes >> 8 * i & 0xf) * 0x00204081u & 0x01010101u) * 0xffu);
+    }
+    mask_holes<kHopperKeys>(present, s);
+  }
   weigh_scores(rows, factor, s, rescale);
 }
 
@@ -186,11 +189,13 @@ template <class T, class Shared> struct HopperConsumer {
     const auto store_query = [&](int row, int chunk, const Words<4> &words) {
       *reinterpret_cast<Words<4> *>(query_chunk(row, chunk)) = words;
     };
-    load_prefill_queries<T, kDim>(params, piece, store_query, shared.query_factors);
+    PrefillQueries<kDim, 16> queries;
+    queries.load(params, piece);
+    queries.template put<T>(params, piece, store_query, shared.query_factors);
     fence_for_products();
     named_barrier_sync(kBarrierWarpgroup + warpgroup, 4 * kWarp);
 
-    PrefillRows rows = start_prefill_rows(params, piece, shared.query_factors);
+    PrefillRows rows = start_prefill_rows(params, piece, queries.k_scale, shared.query_factors);
     const HopperTiles tiles = hopper_tiles(params, piece);
     // Then it is applied with the exponential.
     const bool is_positive = !any(!(rows.factor[0] > 0.0f && rows.factor[1] > 0.0f));

@@ -25,7 +25,7 @@ int launch_prefill(const AttentionParams &params, const WorkList &list, quantkv_
 
 // The same for devices of compute capability 9.0, of calls that launch_prefill could take too. Starting and ending a
 // piece takes about as long as six tiles.
-constexpr KernelShape kPrefillHopperShape = {128, 128, 1, 4, 6};
+constexpr KernelShape kPrefillHopperShape = {128, 128, 1, 4, 3};
 KernelShape prefill_hopper_shape(const quantkv_paged_attention &op, const Device &device);
 int launch_prefill_hopper(const AttentionParams &params, const WorkList &list, quantkv_stream stream);
 

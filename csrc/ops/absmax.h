@@ -15,7 +15,6 @@ struct AbsmaxParams {
   RowShare share;
 };
 
-QKV_DEVICE float magnitude(float x) { return float_of(bits_of(x) & 0x7fffffffu); }
 
 QKV_DEVICE void raise(float *running, float absmax) {
   atomic_max_nonnegative(running, absmax > kLargest ? kLargest : absmax);

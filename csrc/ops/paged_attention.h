@@ -127,7 +127,11 @@ struct Piece {
   int32_t merge;          // index of the merge it is a piece of; -1: none
 
   QKV_DEVICE int rows() const { return num_queries * num_heads; }
-  QKV_DEVICE int query_of(int row) const { return num_queries == 1 ? 0 : row / num_heads; }
+  // row / num_heads, without a division of integers, which takes long: both are small, and the quotient's error far below 0.5 / num_heads.
+  QKV_DEVICE int query_of(int row) const {
+    if (num_queries == 1) return 0;
+    return static_cast<int>((static_cast<float>(row) + 0.5f) * divide(1.0f, static_cast<float>(num_heads)));
+  }
 };
 
 QKV_DEVICE int32_t smaller_of(int32_t a, int32_t b) { return a < b ? a : b; }
@@ -245,7 +249,7 @@ struct SharedWork {
   QKV_DEVICE bool next(const AttentionParams &params, const WorkList &list, bool is_first, bool steps, Sync sync) {
     sync();
     if (steps) {
-      WorkIterator work = is_first ? WorkIterator(params, list, block_index_x()) : WorkIterator(params, list, place);
+      WorkIterator work = is_first ? WorkIterator(params, list, forget(block_index_x())) : WorkIterator(params, list, place);
       if (!is_first) work.is_first = !started;
       found = work.next(piece);
       started = !work.is_first;

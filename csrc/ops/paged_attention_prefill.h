@@ -254,14 +254,16 @@ QKV_DEVICE void attend_prefill(const AttentionParams &params, const WorkList &li
   const auto store_query = [&](int row, int chunk, const Words<4> &words) {
     *reinterpret_cast<Words<4> *>(query_chunk(row, chunk)) = words;
   };
-  load_prefill_queries<T, kDim>(params, piece, store_query, shared.query_factors);
+  PrefillQueries<kDim, 16> queries;
+  queries.load(params, piece);
+  queries.template put<T>(params, piece, store_query, shared.query_factors);
   sync_threads();
   copy_tile<kDim>(params, k, piece, first, shared.blocks[0], is_raw, k_copy);
   copy_async_commit();
   copy_tile<kDim>(params, v, piece, first, shared.blocks[0], is_raw, v_copy);
   copy_async_commit();
 
-  PrefillRows rows = start_prefill_rows(params, piece, shared.query_factors);
+  PrefillRows rows = start_prefill_rows(params, piece, queries.k_scale, shared.query_factors);
   float o[kDim / 8][4];
   QKV_UNROLL
   for (int c = 0; c < kDim / 8; c++) {

@@ -23,67 +23,101 @@ QKV_DEVICE void unpack_chunk(const Words<4> &words, int32_t activation, float (&
   }
 }
 
-// Queries of the piece for products in T, the kRows rows of this warp: chunk c of row r by store(r, c, words), what brings the
-// row back to its size to factors[r]. Rows it has not are zeros. Eight lanes a row, each every eighth chunk.
-template <class T, int kDim, int kRows = 16, class Store>
-QKV_DEVICE void load_prefill_queries(const AttentionParams &params, const Piece &piece, Store store, float *factors) {
-  constexpr int kChunks = kDim / 64; // of a lane
-  const quantkv_half &k = params.op.cache.k;
-  const int thread = reread_thread_index(), lane = thread % kWarp; // not kept from piece to piece
-  const int first_row = thread / kWarp * kRows + lane / 8;
-  const bool is_scaled = is_quantized(format_of(k)) && k.scale.channel_stride != 0;
-  const bool is_converted = FormatOf<T>::value == Format::F16 && (is_scaled || params.op.activation != QUANTKV_F16);
-  Words<4> all[kRows / 4][kChunks]; // of the lane's rows: all on their way at once
-  QKV_UNROLL
-  for (int i = 0; i < kRows / 4; i++) {
-    const int row = first_row + 4 * i;
-    const bool exists = row < piece.rows();
-    const int token = piece.first_token + row / piece.num_heads, head = piece.first_head + row % piece.num_heads;
-    const uint16_t *from = static_cast<const uint16_t *>(params.op.query.data);
-    if (exists) from += row_index(params.op.query, token, head);
+// A lane's part of its warp's kRows rows of queries: every fourth row, and of the eight lanes that share it every eighth chunk of
+// 8 channels. Written for few instructions: a piece runs them once, and cold.
+template <int kDim, int kRows> struct PrefillQueries {
+  static constexpr int kChunks = kDim / 64, kTurns = kRows / 4;
+  Words<4> words[kTurns][kChunks];
+  float k_scale; // of the KV head; 1 where channels have scales, or K has none
+
+  // Of a thread, read again, so that nothing is kept from piece to piece.
+  static QKV_DEVICE int row_of(int thread, int turn) { return thread / kWarp * kRows + thread % kWarp / 8 + 4 * turn; }
+  static QKV_DEVICE int chunk_of(int thread, int i) { return thread % 8 + 8 * i; }
+
+  // All on their way at once. Zeros where there is nothing.
+  QKV_DEVICE void load(const AttentionParams &params, const Piece &piece) {
+    const int thread = reread_thread_index();
+    const quantkv_half &k = params.op.cache.k;
+    k_scale = is_quantized(format_of(k)) && k.scale.channel_stride == 0 ? static_scale(k.scale, piece.kv_head, 0) : 1.0f;
     QKV_UNROLL
-    for (int chunk = 0; chunk < kChunks; chunk++) {
-      const int channel = 8 * (lane % 8 + 8 * chunk);
-      all[i][chunk] = Words<4>{};
-      if (exists && channel < k.head_dim) all[i][chunk] = *reinterpret_cast<const Words<4> *>(from + channel);
-    }
-  }
-  QKV_UNROLL
-  for (int turn = 0; turn < kRows / 4; turn++) {
-    const int row = first_row + 4 * turn;
-    Words<4>(&words)[kChunks] = all[turn];
-    float factor = 1.0f;
-    if (is_converted) {
-      float x[kChunks][8], top = 0.0f;
+    for (int turn = 0; turn < kTurns; turn++) {
+      const int row = row_of(thread, turn), query = piece.query_of(row);
+      const bool exists = row < piece.rows();
+      const uint16_t *from = static_cast<const uint16_t *>(params.op.query.data);
+      if (exists) from += row_index(params.op.query, piece.first_token + query, piece.first_head + row - query * piece.num_heads);
       QKV_UNROLL
       for (int i = 0; i < kChunks; i++) {
-        int channel = 8 * (lane % 8 + 8 * i);
-        unpack_chunk(words[i], params.op.activation, x[i]);
+        const int channel = 8 * chunk_of(thread, i);
+        words[turn][i] = Words<4>{};
+        if (exists && channel < k.head_dim) words[turn][i] = *reinterpret_cast<const Words<4> *>(from + channel);
+      }
+    }
+  }
+
+  // For products in T: chunk c of row r by store(r, c, words), what brings the row back to its size to factors[r].
+  template <class T, class Store>
+  QKV_DEVICE void put(const AttentionParams &params, const Piece &piece, Store store, float *factors) {
+    const quantkv_half &k = params.op.cache.k;
+    const int thread = reread_thread_index();
+    if (FormatOf<T>::value == Format::F16 && is_quantized(format_of(k)) && k.scale.channel_stride != 0) {
+      float scales[kChunks][8];
+      QKV_UNROLL
+      for (int i = 0; i < kChunks; i++) {
         QKV_UNROLL
         for (int j = 0; j < 8; j++) {
-          if (is_scaled && channel < k.head_dim) x[i][j] *= static_scale(k.scale, piece.kv_head, channel + j);
-          uint32_t magnitude = bits_of(x[i][j]) & 0x7fffffffu;
-          if (magnitude < 0x7f800000u) top = maximum(top, float_of(magnitude));
+          const int channel = 8 * chunk_of(thread, i) + j;
+          scales[i][j] = channel < k.head_dim ? static_scale(k.scale, piece.kv_head, channel) : 0.0f;
         }
       }
+      put_rows(thread, store, factors, [&](Words<4>(&row)[kChunks]) {
+        return to_f16(row, params.op.activation, [&](float x, int i, int j) { return x * scales[i][j]; });
+      });
+    } else if (FormatOf<T>::value == Format::F16 && params.op.activation != QUANTKV_F16) {
+      put_rows(thread, store, factors,
+               [](Words<4>(&row)[kChunks]) { return to_f16(row, QUANTKV_BF16, [](float x, int, int) { return x; }); });
+    } else {
+      put_rows(thread, store, factors, [](Words<4>(&)[kChunks]) { return 1.0f; });
+    }
+  }
+
+private:
+  template <class Store, class Convert> QKV_DEVICE void put_rows(int thread, Store store, float *factors, Convert convert) {
+    QKV_UNROLL
+    for (int turn = 0; turn < kTurns; turn++) {
+      const int row = row_of(thread, turn);
+      const float factor = convert(words[turn]);
       QKV_UNROLL
-      for (int mask = 1; mask < 8; mask *= 2) top = maximum(top, shuffle_xor(top, mask));
-      // By exponents: the largest value to 2^14 .. 2^15.
-      uint32_t exponent = bits_of(top) >> 23;
-      if (exponent < 15) exponent = 15;
-      float to_range = float_of((127 + 14 + 127 - exponent) << 23);
-      factor = float_of((exponent - 14) << 23);
+      for (int i = 0; i < kChunks; i++) store(row, chunk_of(thread, i), words[turn][i]);
+      if (thread % 8 == 0) factors[row] = factor;
+    }
+  }
+
+  // A row times its scales to f16, by a power of two that is answered: the largest |x| comes to 2^14 .. 2^15. An infinity is as
+  // large as any, for it decides the scores alone.
+  template <class Scale> static QKV_DEVICE float to_f16(Words<4> (&row)[kChunks], int32_t activation, Scale scale) {
+    float x[kChunks][8], top = 0.0f;
+    QKV_UNROLL
+    for (int i = 0; i < kChunks; i++) {
+      unpack_chunk(row[i], activation, x[i]);
       QKV_UNROLL
-      for (int i = 0; i < kChunks; i++) {
-        QKV_UNROLL
-        for (int j = 0; j < 4; j++) words[i].w[j] = pack_f16(x[i][2 * j] * to_range, x[i][2 * j + 1] * to_range);
+      for (int j = 0; j < 8; j++) {
+        x[i][j] = scale(x[i][j], i, j);
+        top = maximum(top, magnitude(x[i][j]));
       }
     }
     QKV_UNROLL
-    for (int i = 0; i < kChunks; i++) store(row, lane % 8 + 8 * i, words[i]);
-    if (lane % 8 == 0) factors[row] = factor;
+    for (int mask = 1; mask < 8; mask *= 2) top = maximum(top, shuffle_xor(top, mask));
+    uint32_t exponent = bits_of(top) >> 23;
+    if (exponent < 15) exponent = 15;
+    const float to_range = float_of((127 + 14 + 127 - exponent) << 23);
+    QKV_UNROLL
+    for (int i = 0; i < kChunks; i++) {
+      QKV_UNROLL
+      for (int j = 0; j < 4; j++) row[i].w[j] = pack_f16(x[i][2 * j] * to_range, x[i][2 * j + 1] * to_range);
+    }
+    return float_of((exponent - 14) << 23);
   }
-}
+};
 
 // ---- softmax
 
@@ -100,20 +134,19 @@ struct PrefillRows {
 // Of a thread: read again where that is rare, so that nothing of it is kept from piece to piece.
 QKV_DEVICE int prefill_row(int thread, int half) { return thread / kWarp * 16 + thread % kWarp / 4 + 8 * half; }
 
-QKV_DEVICE PrefillRows start_prefill_rows(const AttentionParams &params, const Piece &piece,
-                                          const float *query_factors) {
-  const quantkv_half &k = params.op.cache.k;
+// `k_scale`: the queries'.
+QKV_DEVICE PrefillRows start_prefill_rows(const AttentionParams &params, const Piece &piece, float k_scale, const float *query_factors) {
   const int thread = reread_thread_index();
   PrefillRows rows;
-  float factor = params.score_factor;
-  if (is_quantized(format_of(k)) && k.scale.channel_stride == 0) factor *= static_scale(k.scale, piece.kv_head, 0);
+  const float factor = params.score_factor * k_scale;
   QKV_UNROLL
   for (int half = 0; half < 2; half++) {
     int row = prefill_row(thread, half);
-    bool exists = row < piece.rows();
-    rows.visible[half] = exists ? visible_to(params, piece.first_position + row / piece.num_heads) : Visible{0, -1};
+    const int query = piece.query_of(row);
+    const bool exists = row < piece.rows();
+    rows.visible[half] = exists ? visible_to(params, piece.first_position + query) : Visible{0, -1};
     rows.factor[half] = factor * query_factors[row];
-    rows.slope[half] = exists ? alibi_slope(params, piece.first_head + row % piece.num_heads) : 0.0f;
+    rows.slope[half] = exists ? alibi_slope(params, piece.first_head + row - query * piece.num_heads) : 0.0f;
     rows.max[half] = negative_infinity();
     rows.sum[half] = 0.0f;
   }
@@ -121,17 +154,33 @@ QKV_DEVICE PrefillRows start_prefill_rows(const AttentionParams &params, const P
   return rows;
 }
 
-// -inf where a key is not visible to a row, or a hole. `present`: a bit a key.
-template <int kKeys>
-QKV_DEVICE void mask_tile(const PrefillRows &rows, int32_t first, const uint32_t *present, float (&s)[kKeys / 8][4]) {
+// -inf where a key is not visible to a row.
+template <int kKeys> QKV_DEVICE void mask_tile(const PrefillRows &rows, int32_t first, float (&s)[kKeys / 8][4]) {
+  const uint32_t own = static_cast<uint32_t>(first + 2 * (lane_index() % 4));
+  QKV_UNROLL
+  for (int half = 0; half < 2; half++) {
+    const Visible &visible = rows.visible[half];
+    const uint32_t before = own - static_cast<uint32_t>(visible.first);
+    const uint32_t count = static_cast<uint32_t>(forget(visible.last) + 1 - visible.first); // few tiles are masked: not kept
+    QKV_UNROLL
+    for (int n = 0; n < kKeys / 8; n++) {
+      QKV_UNROLL
+      for (int j = 0; j < 2; j++) {
+        if (before + 8 * n + j >= count) s[n][2 * half + j] = negative_infinity();
+      }
+    }
+  }
+}
+
+// The same where a block is missing. `present`: a bit a key.
+template <int kKeys> QKV_DEVICE void mask_holes(const uint32_t *present, float (&s)[kKeys / 8][4]) {
   const int column = 2 * (lane_index() % 4);
   QKV_UNROLL
   for (int n = 0; n < kKeys / 8; n++) {
-    uint32_t bits = present[n / 4] >> (n % 4 * 8 + column);
+    const uint32_t bits = present[n / 4] >> (n % 4 * 8 + column);
     QKV_UNROLL
     for (int i = 0; i < 4; i++) {
-      bool is_visible = rows.visible[i / 2](first + 8 * n + column + i % 2) && (bits >> (i % 2) & 1) != 0;
-      if (!is_visible) s[n][i] = negative_infinity();
+      if ((bits >> (i % 2) & 1) == 0) s[n][i] = negative_infinity();
     }
   }
 }
@@ -198,7 +247,10 @@ QKV_DEVICE void score_tile(const AttentionParams &params, const PrefillRows &row
       }
     }
   }
-  if (is_masked) mask_tile<kKeys>(rows, first, present, s);
+  if (is_masked) {
+    mask_tile<kKeys>(rows, first, s);
+    mask_holes<kKeys>(present, s);
+  }
 }
 
 // ---- results
@@ -222,43 +274,72 @@ QKV_DEVICE void store_prefill_partial(const AttentionParams &params, const WorkL
   }
 }
 
-// Each warp lays its rows where their queries were, at place(row, chunk), and stores them from there in whole chunks.
+// A lane's outputs by scaled(value, half, chunk, i), of channel 8 chunk + 2t + i, as pairs of `pack` at place(row, chunk).
+template <int kDim, class Place, class Scaled, class Pack>
+QKV_DEVICE void lay_prefill_output(const float (&o)[kDim / 8][4], Place place, Scaled scaled, Pack pack) {
+  const int thread = reread_thread_index();
+  QKV_UNROLL
+  for (int c = 0; c < kDim / 8; c++) {
+    QKV_UNROLL
+    for (int half = 0; half < 2; half++) {
+      *reinterpret_cast<uint32_t *>(place(prefill_row(thread, half), c) + 4 * (thread % 4)) =
+          pack(scaled(o[c][2 * half], half, c, 0), scaled(o[c][2 * half + 1], half, c, 1));
+    }
+  }
+}
+
+// Each warp lays its rows where their queries were, at place(row, chunk), and stores them from there in whole chunks. `rows.sum`: of
+// all keys.
 template <int kDim, class Place>
 QKV_DEVICE void store_prefill_output(const AttentionParams &params, const Piece &piece, const PrefillRows &rows,
                                      const float (&o)[kDim / 8][4], Place place) {
   const quantkv_half &v = params.op.cache.v;
-  const int thread = reread_thread_index(), lane = thread % kWarp, column = 2 * (lane % 4);
+  const int thread = reread_thread_index();
   const bool is_uniform = !is_quantized(format_of(v)) || v.scale.channel_stride == 0;
-  const float one_scale = is_uniform ? static_scale(v, piece.kv_head, 0) : 0.0f;
-  sync_warp();
+  const float one_scale = rows.unit * (is_uniform ? static_scale(v, piece.kv_head, 0) : 1.0f);
+  SoftmaxEnd ends[2];
   QKV_UNROLL
   for (int half = 0; half < 2; half++) {
-    int row = prefill_row(thread, half);
+    const int row = prefill_row(thread, half), query = piece.query_of(row), head = piece.first_head + row - query * piece.num_heads;
+    ends[half] = {1.0f, 0.0f};
     if (row >= piece.rows()) continue;
-    int token = piece.first_token + row / piece.num_heads, head = piece.first_head + row % piece.num_heads;
-    SoftmaxEnd end = end_of_row(params, head, rows.max[half], rows.sum[half]);
-    if (column == 0) store_lse(params, token, head, end.lse);
-    QKV_UNROLL
-    for (int c = 0; c < kDim / 8; c++) {
-      if (c * 8 >= v.head_dim) break;
-      float x[2];
-      QKV_UNROLL
-      for (int i = 0; i < 2; i++) {
-        float scale = rows.unit * (is_uniform ? one_scale : static_scale(v, piece.kv_head, 8 * c + column + i));
-        x[i] = softmax_result(o[c][2 * half + i], end) * scale;
-      }
-      uint32_t pair = params.op.activation == QUANTKV_F16 ? pack_f16(x[0], x[1]) : pack_bf16(x[0], x[1]);
-      *reinterpret_cast<uint32_t *>(place(row, c) + 2 * column) = pair;
-    }
+    ends[half] = end_of_row(params, head, rows.max[half], rows.sum[half]);
+    if (thread % 4 == 0) store_lse(params, piece.first_token + query, head, ends[half].lse);
   }
   sync_warp();
-  for (int i = lane; i < 16 * (kDim / 8); i += kWarp) {
-    int row = thread / kWarp * 16 + i / (kDim / 8), chunk = i % (kDim / 8);
-    if (row >= piece.rows() || chunk * 8 >= v.head_dim) continue;
-    int token = piece.first_token + row / piece.num_heads, head = piece.first_head + row % piece.num_heads;
-    uint16_t *to = static_cast<uint16_t *>(params.op.output.data) + row_index(params.op.output, token, head);
-    *reinterpret_cast<Words<4> *>(to + chunk * 8) =
-        *reinterpret_cast<const Words<4> *>(place(row, chunk));
+  const auto lay = [&](auto scaled) {
+    if (params.op.activation == QUANTKV_F16) {
+      lay_prefill_output<kDim>(o, place, scaled, [](float low, float high) { return pack_f16(low, high); });
+    } else {
+      lay_prefill_output<kDim>(o, place, scaled, [](float low, float high) { return pack_bf16(low, high); });
+    }
+  };
+  // One product of an output, if that is as exact as two.
+  const float factors[2] = {ends[0].factor * one_scale, ends[1].factor * one_scale};
+  if (is_uniform && !any(!(magnitude(factors[0]) > kSmallestNormal && magnitude(factors[1]) > kSmallestNormal))) {
+    lay([&](float x, int half, int, int) { return x * factors[half]; });
+  } else {
+    lay([&](float x, int half, int c, int i) {
+      const int channel = 8 * c + 2 * (thread % 4) + i;
+      const bool has_own = !is_uniform && channel < v.head_dim;
+      return softmax_result(x, ends[half]) * (has_own ? one_scale * static_scale(v, piece.kv_head, channel) : one_scale);
+    });
+  }
+  sync_warp();
+  // As they were loaded: eight lanes a row.
+  QKV_UNROLL
+  for (int turn = 0; turn < 4; turn++) {
+    const int row = thread / kWarp * 16 + thread % kWarp / 8 + 4 * turn, query = piece.query_of(row);
+    if (row >= piece.rows()) continue;
+    const int head = piece.first_head + row - query * piece.num_heads;
+    uint16_t *to = static_cast<uint16_t *>(params.op.output.data) + row_index(params.op.output, piece.first_token + query, head);
+    QKV_UNROLL
+    for (int i = 0; i < kDim / 64; i++) {
+      const int chunk = thread % 8 + 8 * i;
+      if (8 * chunk < v.head_dim) {
+        *reinterpret_cast<Words<4> *>(to + 8 * chunk) = *reinterpret_cast<const Words<4> *>(place(row, chunk));
+      }
+    }
   }
 }
 
