@@ -100,6 +100,15 @@ impl Device {
         matches!(self, Device::Cpu(_))
     }
 
+    /// Whether kernels that are made for one of NVIDIA's devices alone may run.
+    pub fn is_cuda(&self) -> bool {
+        match self {
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => true,
+            _ => false,
+        }
+    }
+
     /// Whether attention over 16-bit activations may use 16-bit products.
     pub fn has_tensor_cores(&self) -> bool {
         match self {

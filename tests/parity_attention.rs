@@ -10,7 +10,7 @@ mod devices;
 #[path = "../testing/oracle/mod.rs"]
 mod oracle;
 
-use attention_cases::{Parameters, build, fill_visible, parameters, simple, swing_values};
+use attention_cases::{Parameters, build, fill_visible, parameters, simple};
 
 use devices::{Device, attention_devices};
 use oracle::attention::{
@@ -227,46 +227,6 @@ fn every_cache_of_tensor_cores() {
             let geometry = Geometry { v_dim, ..Geometry::plain(CacheLayout::Nhd, (2, k_dim), (16, 50), format) };
             let parameters = Parameters { dtype, scales: (scale, scale), ..simple(geometry, 3, sequences) };
             check_all(&build(&parameters), (dtype, format, scale, k_dim));
-        }
-    }
-}
-
-/// Prefill in one piece, soft cap 50 and windows, as vLLM's unified-attention tests: (4, 4), (8, 2)
-/// and (5, 1) heads.
-#[test]
-fn vllm_prefill_shapes() {
-    for (heads, group) in [(4, 1), (2, 4), (1, 5)] {
-        for window in [None, Some(64)] {
-            for soft_cap in [None, Some(50.0)] {
-                let geometry = Geometry::plain(CacheLayout::Nhd, (heads, 128), (16, 12), KvFormat::Fp8E4M3);
-                let sequences = vec![(0, 129), (100, 1), (17, 16), (40, 33)];
-                let parameters =
-                    Parameters { window, soft_cap, dtype: DType::F16, ..simple(geometry, group, sequences) };
-                check_all(&build(&parameters), (heads, group, window, soft_cap));
-            }
-        }
-    }
-}
-
-/// Many queries over caches with dynamic scales, of several tiles of 128 keys and several pieces, some of whose blocks the table
-/// does not name. V's scales grow and shrink from tile to tile.
-#[test]
-fn prefill_over_dynamic_scales() {
-    let formats = [KvFormat::Fp8E4M3, KvFormat::Fp8E5M2, KvFormat::Fp8E4M3Fnuz];
-    for (i, (dim, block_size, window)) in [(128, 16, None), (64, 8, None), (128, 32, Some(300))].into_iter().enumerate()
-    {
-        let sequences = vec![(610, 30), (0, 60), (333, 1)];
-        let blocks = sequences.iter().map(|&(before, new): &(usize, usize)| (before + new).div_ceil(block_size)).sum();
-        let plain = Geometry::plain(CacheLayout::Hnd, (2, dim), (block_size, blocks), formats[i]);
-        let geometry = Geometry { dynamic: true, ..plain };
-        // f16 outputs would overflow.
-        let parameters = Parameters { dtype: DType::BF16, window, ..simple(geometry, 3, sequences) };
-        let mut case = build(&parameters);
-        swing_values(&mut case, 130, 64.0);
-        check_all(&case, (dim, block_size, window));
-        if block_size == 16 {
-            case.tables[200 / block_size..][..150 / block_size].fill(-1);
-            check_all(&case, (dim, block_size, "bad blocks"));
         }
     }
 }

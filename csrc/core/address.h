@@ -82,6 +82,9 @@ QKV_DEVICE bool checked_slot(const Paging &paging, int64_t slot, int64_t &block,
 
 // ---- scales
 
+// Of K, of V or of both: kernels that know them look both up, and one that is not there is 1.
+QKV_HOST_DEVICE bool has_dynamic_scales(const quantkv_cache &cache) { return cache.k.dynamic != nullptr || cache.v.dynamic != nullptr; }
+
 // The index of the dynamic scale of (block, head, slot) in [num_blocks, num_kv_heads, block_size].
 QKV_HOST_DEVICE int64_t dynamic_scale_index(const Paging &paging, int64_t block, int head, int slot) {
   return ((block * paging.num_kv_heads + head) << paging.block_shift) + slot;

@@ -63,6 +63,12 @@ QKV_DEVICE float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// 1 / x to about 1 ulp; subnormals are taken for zero, and flushed to it.
+QKV_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 // log2(x) to about 2 ulp; 0 gives -inf.
 QKV_DEVICE float log2_approx(float x) {
   float y;

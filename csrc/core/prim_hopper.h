@@ -74,6 +74,7 @@ QKV_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligne
 #define QKV_SUMS_16(c, j) QKV_SUMS_4(c, j), QKV_SUMS_4(c, j + 1), QKV_SUMS_4(c, j + 2), QKV_SUMS_4(c, j + 3)
 #define QKV_SUMS_32(c, j) QKV_SUMS_16(c, j), QKV_SUMS_16(c, j + 4)
 #define QKV_SUMS_64(c, j) QKV_SUMS_32(c, j), QKV_SUMS_32(c, j + 8)
+#define QKV_SUMS_128(c, j) QKV_SUMS_64(c, j), QKV_SUMS_64(c, j + 16)
 #define QKV_NAMES_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
 #define QKV_NAMES_32                                                                                                   \
   QKV_NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
@@ -89,21 +90,24 @@ QKV_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligne
 QKV_PRODUCTS_WAIT(4, 16)
 QKV_PRODUCTS_WAIT(8, 32)
 QKV_PRODUCTS_WAIT(16, 64)
+QKV_PRODUCTS_WAIT(32, 128)
 #undef QKV_PRODUCTS_WAIT
 
 // All of these run in the background: operands are left alone, sums neither read nor written, until products_wait.
 
-// sums [64, 128] = or += A B, both by rows.
-#define QKV_PRODUCTS_OF_PANELS(type)                                                                                   \
-  QKV_DEVICE void multiply_rows_##type(float (&sums)[16][4], PanelMatrix a, PanelMatrix b, bool adds) {                \
-    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, %66, 0; "                                                       \
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32." #type "." #type                                        \
-                 " {" QKV_NAMES_64 "}, %64, %65, adds, 1, 1, 0, 0; }"                                                  \
-                 : QKV_SUMS_64(sums, 0)                                                                                \
+// sums [64, n] = or += A B, both by rows.
+#define QKV_PRODUCTS_OF_PANELS(type, n, tiles, floats, name_of_a, name_of_b, name_of_adds)                             \
+  QKV_DEVICE void multiply_rows_##type(float (&sums)[tiles][4], PanelMatrix a, PanelMatrix b, bool adds) {             \
+    asm volatile("{ .reg .pred adds; setp.ne.b32 adds, " name_of_adds ", 0; "                                          \
+                 "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32." #type "." #type                                     \
+                 " {" QKV_NAMES_##floats "}, " name_of_a ", " name_of_b ", adds, 1, 1, 0, 0; }"                        \
+                 : QKV_SUMS_##floats(sums, 0)                                                                          \
                  : "l"(a.descriptor), "l"(b.descriptor), "r"(static_cast<int>(adds)));                                 \
   }
-QKV_PRODUCTS_OF_PANELS(f16)
-QKV_PRODUCTS_OF_PANELS(bf16)
+QKV_PRODUCTS_OF_PANELS(f16, 64, 8, 32, "%32", "%33", "%34")
+QKV_PRODUCTS_OF_PANELS(bf16, 64, 8, 32, "%32", "%33", "%34")
+QKV_PRODUCTS_OF_PANELS(f16, 128, 16, 64, "%64", "%65", "%66")
+QKV_PRODUCTS_OF_PANELS(bf16, 128, 16, 64, "%64", "%65", "%66")
 #undef QKV_PRODUCTS_OF_PANELS
 
 // sums [64, n] += A B, A in registers, B by columns.

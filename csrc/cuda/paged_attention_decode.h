@@ -30,7 +30,7 @@ template <Format F, int D, Order O, class Visit> int visit_decode_rows(int32_t r
 }
 
 template <Format F, Order O, class Visit> int visit_decode(const quantkv_paged_attention &op, int32_t rows, Visit visit) {
-  bool dynamic = op.cache.k.dynamic != nullptr || op.cache.v.dynamic != nullptr;
+  const bool dynamic = has_dynamic_scales(op.cache);
   switch (op.cache.k.head_dim) {
   case 64: return visit_decode_rows<F, 64, O>(rows, dynamic, visit);
   case 96: return visit_decode_rows<F, 96, O>(rows, dynamic, visit);

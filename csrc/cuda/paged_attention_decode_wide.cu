@@ -5,8 +5,6 @@
 namespace quantkv {
 namespace {
 
-bool is_dynamic(const quantkv_cache &cache) { return cache.k.dynamic != nullptr || cache.v.dynamic != nullptr; }
-
 template <Format F, int Rows, bool Dynamic> int launch_of(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {
   using Shape = WideShape<F, Rows, Dynamic>;
   static_assert(Shape::kBlocks == kDecodeWideBlocks<Rows, Dynamic> && Shape::kTokens == kDecodeWideTile, "the kernel's");
@@ -19,7 +17,7 @@ template <Format F, bool Dynamic> int launch_rows(const AttentionParams &params,
 }
 
 template <Format F> int launch_format(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {
-  return is_dynamic(params.op.cache) ? launch_rows<F, true>(params, list, stream) : launch_rows<F, false>(params, list, stream);
+  return has_dynamic_scales(params.op.cache) ? launch_rows<F, true>(params, list, stream) : launch_rows<F, false>(params, list, stream);
 }
 
 } // namespace
@@ -33,7 +31,7 @@ KernelShape decode_wide_shape(const quantkv_paged_attention &op, const Device &d
   // the block of the first one, and 64 rows take long.
   const int64_t pairs = op.num_seqs * cache.num_kv_heads;
   if (!can || pairs < 8) return KernelShape{};
-  if (rows <= 32) return is_dynamic(cache) ? kDecodeWideShape<32, true> : kDecodeWideShape<32>;
+  if (rows <= 32) return has_dynamic_scales(cache) ? kDecodeWideShape<32, true> : kDecodeWideShape<32>;
   return pairs >= device.multiprocessors ? kDecodeWideShape<64> : KernelShape{};
 }
 

@@ -10,11 +10,6 @@ template <class T, int kDim> int launch_of(const AttentionParams &params, const 
                                sizeof(PrefillShared<kDim>), stream, params, list);
 }
 
-int padded_dim(const quantkv_cache &cache) {
-  const int dim = cache.k.head_dim > cache.v.head_dim ? cache.k.head_dim : cache.v.head_dim;
-  return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
-}
-
 // Both halves alike: 8-bit or f16, for f16 products; or bf16 with bf16 queries.
 bool formats_are_possible(const quantkv_cache &cache, int32_t activation) {
   const Format k = format_of(cache.k), v = format_of(cache.v);
@@ -38,12 +33,17 @@ bool half_is_aligned(const quantkv_half &half) {
 
 } // namespace
 
+int padded_prefill_dim(const quantkv_cache &cache) {
+  const int dim = cache.k.head_dim > cache.v.head_dim ? cache.k.head_dim : cache.v.head_dim;
+  return dim <= 64 ? 64 : dim <= 128 ? 128 : 256;
+}
+
 KernelShape prefill_shape(const quantkv_cache &cache, int32_t activation, const Device &device) {
   const KernelShape none = {0, 0, 0, 0};
   if (device.compute_capability < 80 || !formats_are_possible(cache, activation)) return none;
   if (cache.k.head_dim > 256 || cache.v.head_dim > 256) return none;
   if (cache.k.head_dim % 16 != 0 || cache.v.head_dim % 16 != 0) return none;
-  return KernelShape{padded_dim(cache) <= 128 ? kPrefillKeys<128> : kPrefillKeys<256>, kPrefillRows, kPrefillBlocks, 4};
+  return KernelShape{padded_prefill_dim(cache) <= 128 ? kPrefillKeys<128> : kPrefillKeys<256>, kPrefillRows, kPrefillBlocks, 4};
 }
 
 bool prefill_can_load(const quantkv_paged_attention &op) {
@@ -53,7 +53,7 @@ bool prefill_can_load(const quantkv_paged_attention &op) {
 
 int launch_prefill(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {
   const bool is_bf16 = format_of(params.op.cache.k) == Format::BF16;
-  switch (padded_dim(params.op.cache)) {
+  switch (padded_prefill_dim(params.op.cache)) {
   case 64: return is_bf16 ? launch_of<bf16, 64>(params, list, stream) : launch_of<f16, 64>(params, list, stream);
   case 128: return is_bf16 ? launch_of<bf16, 128>(params, list, stream) : launch_of<f16, 128>(params, list, stream);
   default: return is_bf16 ? launch_of<bf16, 256>(params, list, stream) : launch_of<f16, 256>(params, list, stream);

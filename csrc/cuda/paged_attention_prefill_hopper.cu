@@ -13,28 +13,40 @@ int launch_dim(const AttentionParams &params, const WorkList &list, quantkv_stre
 
 template <class T, bool kIsCodes, bool kDynamic = false>
 int launch_of(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {
-  return params.op.cache.k.head_dim == 64 ? launch_dim<T, kIsCodes, kDynamic, 64>(params, list, stream)
-                                          : launch_dim<T, kIsCodes, kDynamic, 128>(params, list, stream);
+  switch (padded_prefill_dim(params.op.cache)) {
+  case 64: return launch_dim<T, kIsCodes, kDynamic, 64>(params, list, stream);
+  case 128: return launch_dim<T, kIsCodes, kDynamic, 128>(params, list, stream);
+  default:
+    if constexpr (kDynamic) return QUANTKV_UNSUPPORTED;
+    else return launch_dim<T, kIsCodes, kDynamic, 256>(params, list, stream);
+  }
 }
 
-bool is_dynamic(const quantkv_cache &cache) { return cache.k.dynamic != nullptr || cache.v.dynamic != nullptr; }
+template <int kDim> KernelShape shape_of() {
+  constexpr KernelShape shape = kPrefillHopperShape<kDim>;
+  static_assert(shape.tile == kHopperKeys<kDim> && shape.max_rows == kHopperRows, "the kernel's");
+  return shape;
+}
+
+// The channels of a row of the cache lie within 31 bits of bytes.
+bool row_is_short(const quantkv_half &half) { return channel_index(half, half.head_dim - 1) <= 0x7fffffff / bytes_of(half) - 1; }
 
 } // namespace
 
 KernelShape prefill_hopper_shape(const quantkv_paged_attention &op, const Device &device) {
   const quantkv_cache &cache = op.cache;
-  const bool can = kHasHopperKernels && device.compute_capability == 90 && cache.k.head_dim == cache.v.head_dim &&
-                   (cache.k.head_dim == 64 || cache.k.head_dim == 128) &&
-                   (!is_dynamic(cache) || (is_quantized(format_of(cache.k)) && is_quantized(format_of(cache.v)))) &&
-                   op.soft_cap == 0.0f && op.alibi_slopes == nullptr;
-  static_assert(kPrefillHopperShape.tile == kHopperKeys && kPrefillHopperShape.max_rows == kHopperRows, "the kernel's");
-  return can ? kPrefillHopperShape : KernelShape{};
+  if (!kHasHopperKernels || device.compute_capability != 90 || !row_is_short(cache.k) || !row_is_short(cache.v)) return KernelShape{};
+  switch (padded_prefill_dim(cache)) {
+  case 64: return shape_of<64>();
+  case 128: return shape_of<128>();
+  default: return has_dynamic_scales(cache) ? KernelShape{} : shape_of<256>(); // whose registers are all in use
+  }
 }
 
 int launch_prefill_hopper(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {
   const Format format = format_of(params.op.cache.k);
   if (format == Format::BF16) return launch_of<bf16, false>(params, list, stream);
-  if (is_dynamic(params.op.cache)) return launch_of<f16, true, true>(params, list, stream);
+  if (has_dynamic_scales(params.op.cache)) return launch_of<f16, true, true>(params, list, stream);
   return is_quantized(format) ? launch_of<f16, true>(params, list, stream) : launch_of<f16, false>(params, list, stream);
 }
 

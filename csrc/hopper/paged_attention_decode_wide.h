@@ -54,9 +54,7 @@ template <Format F, class Shape> struct WideDecode {
         *reinterpret_cast<uint32_t *>(shared.query[chunk / 8] + panel_offset(row, chunk % 2 * 4 + i) + 4 * t) = words.w[i];
       }
     };
-    PrefillQueries<Shape::kDim, kRows> queries;
-    queries.load(params, piece);
-    queries.template put<f16>(params, piece, store, shared.query_factors);
+    load_prefill_queries<f16, Shape::kDim, kRows>(params, piece, store, shared.query_factors);
     sync_warp();
     const int thread = reread_thread_index(), lane = thread % kWarp, row = kRows * (thread / kWarp) + lane;
     if (lane < kRows) {

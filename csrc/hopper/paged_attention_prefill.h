@@ -4,7 +4,7 @@
 //   warps 8-9    producers of K: rows of the blocks that the table names to panels (prim_hopper.h) of f16 or bf16
 //   warps 10-11  the same of V
 //
-// Rows are (query, head) pairs, so that the heads of a KV head share its tiles. A tile is kHopperKeys positions; its K
+// Rows are (query, head) pairs, so that the heads of a KV head share its tiles. A tile is kHopperKeys<kDim> positions; its K
 // and its V each fill a slot of a ring, in the order in which they are used:
 //
 //   K0  K1 V0  K2 V1  ..  V_last      full[slot]: filled, by its producer warps;  empty[slot]: used, by all consumers
@@ -17,7 +17,7 @@
 // products do. V is used as it lies, tokens along k (`by columns`); P goes from accumulators to the A operand in
 // registers.
 //
-// Scores, range and scales: as in ops/paged_attention_prefill.h, without soft cap and ALiBi. Dynamic scales of a tile, K's and V's,
+// Scores, range and scales: as in ops/paged_attention_prefill.h. Dynamic scales of a tile, K's and V's,
 // come with its K: scores are multiplied by K's, weights by V's. A row's max follows its scores only when they outgrow it by
 // 2^8: weights are at most 2^8, accumulators seldom rescaled.
 //
@@ -28,7 +28,7 @@
 
 namespace quantkv {
 
-// T: the type of the products. kIsCodes: of an 8-bit cache. kDim: 64 or 128, both head dims. kDynamic: scales of a half at least.
+// T: the type of the products. kIsCodes: of an 8-bit cache. kDim: 64, 128 or 256, not below either head dim. kDynamic: scales of a half at least.
 // Shared: HopperShared.
 template <class T, bool kIsCodes, int kDim, bool kDynamic>
 QKV_KERNEL void QKV_LAUNCH_BOUNDS(kHopperThreads, 1) attend_prefill_hopper(
@@ -37,12 +37,14 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kHopperThreads, 1) attend_prefill_hopper(
   static_assert(kIsCodes || !kDynamic, "only codes have scales");
   QKV_PANELS_SHARED(memory);
   using Shared = HopperShared<kDim, kDynamic>;
+  constexpr bool kMore = kDynamic;
   Shared &shared = *reinterpret_cast<Shared *>(memory);
   if (thread_index() == 0) {
     for (int slot = 0; slot < kHopperSlots; slot++) {
       phase_barrier_init(&shared.full[slot], kHopperWarpsOfFill);
       phase_barrier_init(&shared.empty[slot], kHopperConsumerWarps);
     }
+    for (int slot = 0; slot < kHopperSlots; slot++) *reinterpret_cast<uint32_t *>(shared.holes[slot]) = 0; // all of it is read
     for (int at = 0; at < 2; at++) phase_barrier_init(&shared.scales_empty[at], kHopperConsumerWarps);
     for (int at = 0; at < kHopperPieces; at++) {
       phase_barrier_init(&shared.piece_full[at], 1);
@@ -52,10 +54,10 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kHopperThreads, 1) attend_prefill_hopper(
   wait_for_previous_kernel();
   sync_threads();
   if (warp_index() >= kHopperConsumerWarps) {
-    give_registers<kHopperProducerRegisters<kDynamic>>();
+    give_registers<kHopperProducerRegisters<kMore>>();
     produce<kIsCodes>(params, list, shared);
   } else {
-    take_registers<kHopperConsumerRegisters<kDynamic>>();
+    take_registers<kHopperConsumerRegisters<kMore>>();
     HopperConsumer<T, Shared>::run(params, list, shared);
   }
 #endif

@@ -9,7 +9,7 @@ namespace quantkv {
 
 template <class T> struct WarpgroupProducts;
 template <> struct WarpgroupProducts<f16> {
-  static QKV_DEVICE void by_rows(float (&sums)[16][4], PanelMatrix a, PanelMatrix b, bool adds) {
+  template <int kTiles> static QKV_DEVICE void by_rows(float (&sums)[kTiles][4], PanelMatrix a, PanelMatrix b, bool adds) {
     multiply_rows_f16(sums, a, b, adds);
   }
   template <int kTiles>
@@ -19,7 +19,7 @@ template <> struct WarpgroupProducts<f16> {
   static QKV_DEVICE uint32_t pack(float low, float high) { return pack_f16(low, high); }
 };
 template <> struct WarpgroupProducts<bf16> {
-  static QKV_DEVICE void by_rows(float (&sums)[16][4], PanelMatrix a, PanelMatrix b, bool adds) {
+  template <int kTiles> static QKV_DEVICE void by_rows(float (&sums)[kTiles][4], PanelMatrix a, PanelMatrix b, bool adds) {
     multiply_rows_bf16(sums, a, b, adds);
   }
   template <int kTiles>
@@ -30,9 +30,8 @@ template <> struct WarpgroupProducts<bf16> {
 };
 
 // Scores s * factor, in base 2, to weights relative to the row's max. Accumulators are to be multiplied by `rescale`.
-QKV_DEVICE void weigh_scores(PrefillRows &rows, const float (&factor)[2], float (&s)[kHopperKeys / 8][4],
-                             float (&rescale)[2]) {
-  constexpr int kTiles = kHopperKeys / 8;
+template <int kTiles>
+QKV_DEVICE void weigh_scores(PrefillRows &rows, const float (&factor)[2], float (&s)[kTiles][4], float (&rescale)[2]) {
   QKV_UNROLL
   for (int half = 0; half < 2; half++) {
     const int i = 2 * half;
@@ -66,59 +65,53 @@ QKV_DEVICE void weigh_scores(PrefillRows &rows, const float (&factor)[2], float 
 
 // What a consumer warpgroup needs to know of a piece, in registers.
 struct HopperTiles {
-  int32_t first, end;   // tiles' first positions: first, first + kHopperKeys .. below end
+  int32_t first, end;   // tiles' first positions: first, first + kKeys .. below end
   int32_t masked_below; // tiles that begin below this one are masked, for the window
   int32_t masked_from;  // tiles that end after this position are masked, for causality
 };
 
-QKV_DEVICE HopperTiles hopper_tiles(const AttentionParams &params, const Piece &piece) {
+template <int kKeys> QKV_DEVICE HopperTiles hopper_tiles(const AttentionParams &params, const Piece &piece) {
   HopperTiles tiles;
-  tiles.first = first_tile_of(piece);
+  tiles.first = first_tile_of<kKeys>(piece);
   tiles.end = larger_of(piece.end, tiles.first + 1);
   tiles.masked_from = piece.first_position;
   tiles.masked_below = visible_to(params, piece.first_position + piece.num_queries - 1).first;
   return tiles;
 }
 
-// Products of a tile to weights: dynamic scales of K, scores, masks, softmax.
-template <bool kDynamic>
-QKV_DEVICE void weigh_tile(PrefillRows &rows, const HopperTiles &tiles, int32_t first, uint32_t holes, bool is_positive,
-                           const HopperScales<kDynamic> &scales, float (&s)[kHopperKeys / 8][4], float (&rescale)[2]) {
-  if constexpr (kDynamic) scale_products<kHopperKeys>(scales.k, s);
-  const bool is_masked = first < tiles.masked_below || first + kHopperKeys - 1 > tiles.masked_from;
+// Products of a tile to weights: dynamic scales of K, scores, masks, softmax. Where `is_plain`, scores are products times a positive
+// factor, which is applied with the exponential.
+template <bool kDynamic, int kKeys>
+QKV_DEVICE void weigh_tile(const AttentionParams &params, PrefillRows &rows, const HopperTiles &tiles, int32_t first, uint32_t holes,
+                           bool is_plain, const HopperScales<kDynamic, kKeys> &scales, float (&s)[kKeys / 8][4], float (&rescale)[2]) {
+  if constexpr (kDynamic) scale_products<kKeys>(scales.k, s);
+  const bool is_masked = first < tiles.masked_below || first + kKeys - 1 > tiles.masked_from;
   float factor[2] = {rows.factor[0], rows.factor[1]};
-  if (!is_positive) {
-    QKV_UNROLL
-    for (int half = 0; half < 2; half++) {
-      QKV_UNROLL
-      for (int n = 0; n < kHopperKeys / 8; n++) {
-        s[n][2 * half] *= factor[half];
-        s[n][2 * half + 1] *= factor[half];
-      }
-      factor[half] = 1.0f;
-    }
+  if (!is_plain) {
+    score_products<kKeys>(params, rows, first, s);
+    factor[0] = factor[1] = 1.0f;
   }
-  if (is_masked) mask_tile<kHopperKeys>(rows, first, s);
+  if (is_masked) mask_tile<kKeys>(rows, first, s);
   if (holes != 0) {
-    uint32_t present[4];
+    uint32_t present[kKeys / 32];
     QKV_UNROLL
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < kKeys / 32; i++) {
       // A bit of eight keys to a bit each.
       present[i] = ~(((holes >> 8 * i & 0xf) * 0x00204081u & 0x01010101u) * 0xffu);
     }
-    mask_holes<kHopperKeys>(present, s);
+    mask_holes<kKeys>(present, s);
   }
   weigh_scores(rows, factor, s, rescale);
 }
 
 template <class T, class Shared> struct HopperConsumer {
-  static constexpr int kDim = Shared::kDim, kPanels = kDim / 64, kTiles = kHopperKeys / 8;
+  static constexpr int kDim = Shared::kDim, kPanels = kDim / 64, kKeys = Shared::kKeys, kTiles = kKeys / 8;
+  static constexpr int kColumns = kDim < 128 ? kDim : 128; // that one product sums
   using P = WarpgroupProducts<T>;
 
   // s = Q K^T, in the background.
   static QKV_DEVICE void start_scores(Shared &shared, int slot, float (&s)[kTiles][4]) {
-    // Where there are dynamic scales, no register is left to keep it in.
-    const int warpgroup = (Shared::kDynamic ? reread_thread_index() : thread_index()) / (4 * kWarp);
+    const int warpgroup = (Shared::kReadsThread ? reread_thread_index() : thread_index()) / (4 * kWarp);
     products_begin();
     QKV_UNROLL
     for (int panel = 0; panel < kPanels; panel++) {
@@ -134,9 +127,13 @@ template <class T, class Shared> struct HopperConsumer {
   static QKV_DEVICE void start_outputs(Shared &shared, int slot, const uint32_t (&p)[kTiles / 2][4],
                                        float (&o)[kDim / 8][4]) {
     products_begin();
-    const PanelMatrix values = matrix_by_columns(shared.slots[slot][0], kHopperKeys * kPanelRow);
     QKV_UNROLL
-    for (int step = 0; step < kTiles / 2; step++) P::by_columns(o, p[step], values + 16 * kPanelRow * step);
+    for (int at = 0; at < kDim / kColumns; at++) {
+      const PanelMatrix values = matrix_by_columns(shared.slots[slot][at * kColumns / 64], kKeys * kPanelRow);
+      float(&sums)[kColumns / 8][4] = *reinterpret_cast<float(*)[kColumns / 8][4]>(&o[at * kColumns / 8]);
+      QKV_UNROLL
+      for (int step = 0; step < kTiles / 2; step++) P::by_columns(sums, p[step], values + 16 * kPanelRow * step);
+    }
     products_commit();
   }
 
@@ -174,7 +171,7 @@ template <class T, class Shared> struct HopperConsumer {
   // Gives them weights, when no products are under way: they are an operand's registers more.
   static QKV_DEVICE void use_scales(Shared &shared, uint32_t fill_of_keys, const PrefillRows &rows, float (&s)[kTiles][4]) {
     if constexpr (Shared::kDynamic) {
-      scale_weights<kHopperKeys>(rows, shared.scales[ScalesPosition(fill_of_keys).slot()].v, s);
+      scale_weights<kKeys>(rows, shared.scales[ScalesPosition(fill_of_keys).slot()].v, s);
       sync_warp();
       if (lane_index() == 0) phase_barrier_arrive(&shared.scales_empty[ScalesPosition(fill_of_keys).slot()]);
     }
@@ -189,16 +186,13 @@ template <class T, class Shared> struct HopperConsumer {
     const auto store_query = [&](int row, int chunk, const Words<4> &words) {
       *reinterpret_cast<Words<4> *>(query_chunk(row, chunk)) = words;
     };
-    PrefillQueries<kDim, 16> queries;
-    queries.load(params, piece);
-    queries.template put<T>(params, piece, store_query, shared.query_factors);
+    const float k_scale = load_prefill_queries<T, kDim>(params, piece, store_query, shared.query_factors);
     fence_for_products();
     named_barrier_sync(kBarrierWarpgroup + warpgroup, 4 * kWarp);
 
-    PrefillRows rows = start_prefill_rows(params, piece, queries.k_scale, shared.query_factors);
-    const HopperTiles tiles = hopper_tiles(params, piece);
-    // Then it is applied with the exponential.
-    const bool is_positive = !any(!(rows.factor[0] > 0.0f && rows.factor[1] > 0.0f));
+    PrefillRows rows = start_prefill_rows(params, piece, k_scale, shared.query_factors);
+    const HopperTiles tiles = hopper_tiles<kKeys>(params, piece);
+    const bool is_plain = params.cap == 0.0f && params.op.alibi_slopes == nullptr && !any(!(rows.factor[0] > 0.0f && rows.factor[1] > 0.0f));
     float o[kDim / 8][4], s[kTiles][4], rescale[2];
     uint32_t p[kTiles / 2][4];
     QKV_UNROLL
@@ -214,17 +208,17 @@ template <class T, class Shared> struct HopperConsumer {
     products_wait<0>(s);
     slot_is_used(shared, ring.slot());
     ring.fill++;
-    weigh_tile(rows, tiles, tiles.first, holes, is_positive, shared.scales[ScalesPosition(ring.fill - 1).slot()], s, rescale);
+    weigh_tile(params, rows, tiles, tiles.first, holes, is_plain, shared.scales[ScalesPosition(ring.fill - 1).slot()], s, rescale);
     rescale_unit(shared, ring.fill - 1, rows, rescale);
     use_scales(shared, ring.fill - 1, rows, s);
     pack(s, p);
 
-    for (int32_t first = tiles.first + kHopperKeys; first < tiles.end; first += kHopperKeys) {
+    for (int32_t first = tiles.first + kKeys; first < tiles.end; first += kKeys) {
       const int k_slot = ring.slot();
       wait_for_slot(shared, ring);
       ring.fill++;
       // The first warpgroup begins, then they take turns: one starts products, the other has weights to compute.
-      if (warpgroup != 0 || first != tiles.first + kHopperKeys) {
+      if (warpgroup != 0 || first != tiles.first + kKeys) {
         named_barrier_sync(kBarrierTurn + warpgroup, kHopperConsumers);
       }
       start_scores(shared, k_slot, s);
@@ -232,13 +226,13 @@ template <class T, class Shared> struct HopperConsumer {
       wait_for_slot(shared, ring);
       ring.fill++;
       start_outputs(shared, v_slot, p, o);
-      if (warpgroup == 0 || first + kHopperKeys < tiles.end) {
+      if (warpgroup == 0 || first + kKeys < tiles.end) {
         named_barrier_arrive(kBarrierTurn + (warpgroup ^ 1), kHopperConsumers);
       }
       holes = holes_of(k_slot);
       products_wait<1>(s);
       slot_is_used(shared, k_slot);
-      weigh_tile(rows, tiles, first, holes, is_positive, shared.scales[ScalesPosition(ring.fill - 2).slot()], s, rescale);
+      weigh_tile(params, rows, tiles, first, holes, is_plain, shared.scales[ScalesPosition(ring.fill - 2).slot()], s, rescale);
       products_wait<0>(o);
       slot_is_used(shared, v_slot);
       rescale_unit(shared, ring.fill - 2, rows, rescale);

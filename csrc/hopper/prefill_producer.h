@@ -7,10 +7,10 @@ namespace quantkv {
 
 #if QKV_HAS_WARPGROUP_PRODUCTS
 
-// A producer warp has kHopperRowsOfWarp keys of every tile, of K or of V.
+// A producer warp has kRowsOfWarp keys of every tile, of K or of V.
 QKV_DEVICE int producer_warp() { return warp_index() - kHopperConsumerWarps; }
 QKV_DEVICE bool produces_keys() { return producer_warp() < kHopperWarpsOfFill; }
-QKV_DEVICE int first_produced_row() { return producer_warp() % kHopperWarpsOfFill * kHopperRowsOfWarp; }
+template <int kRowsOfWarp> QKV_DEVICE int first_produced_row() { return producer_warp() % kHopperWarpsOfFill * kRowsOfWarp; }
 
 QKV_DEVICE uint64_t shuffle_64(uint64_t value, int lane) {
   return static_cast<uint64_t>(shuffle(static_cast<uint32_t>(value >> 32), lane)) << 32 |
@@ -19,10 +19,10 @@ QKV_DEVICE uint64_t shuffle_64(uint64_t value, int lane) {
 
 // Where a warp's rows of K or of V lie. Lane l knows the block of rows 8 (l % kGroups) .. + 8; the table is read a tile
 // ahead, and what it says is looked at when its turn comes. kBytes: of an element.
-template <int kBytes, int kPanels> struct RowSource {
+template <int kBytes, int kPanels, int kRowsOfWarp> struct RowSource {
   static constexpr int32_t kHole = -1;   // the table names no block of the cache
   static constexpr int32_t kUnseen = -2; // no query sees these rows
-  static constexpr int kGroups = kHopperRowsOfWarp / 8;
+  static constexpr int kGroups = kRowsOfWarp / 8;
   static constexpr int kLanes = 4 * kBytes, kRowsAtOnce = kWarp / kLanes; // lanes that share the 64 channels of a panel
 
   const AttentionParams &params;
@@ -30,17 +30,21 @@ template <int kBytes, int kPanels> struct RowSource {
   int32_t begin, end;        // positions that are seen, from this warp's first row of a tile at 0 on
   const int32_t *table;      // of the sequence
   const unsigned char *head; // of block 0, where this lane's channels of its row of a panel begin
-  int64_t panel_bytes[kPanels];
+  int32_t panel_bytes[kPanels]; // the launcher sees that they fit
+  int channels;               // of the head dim from this lane's first on
 
   QKV_DEVICE RowSource(const AttentionParams &params, const quantkv_half &half, const Piece &piece)
-      : params(params), half(half), begin(piece.begin - first_produced_row()), end(piece.end - first_produced_row()),
+      : params(params), half(half), begin(piece.begin - first_produced_row<kRowsOfWarp>()), end(piece.end - first_produced_row<kRowsOfWarp>()),
         table(params.op.block_tables + piece.seq * params.op.block_table_stride) {
     const int lane = forget(lane_index()), channel = lane % kLanes * (16 / kBytes);
     head = static_cast<const unsigned char *>(half.codes) +
            (row_index(half.map, 0, piece.kv_head, lane / kLanes) + channel_index(half, channel)) * kBytes;
+    channels = half.head_dim - channel;
     QKV_UNROLL
     for (int panel = 0; panel < kPanels; panel++) {
-      panel_bytes[panel] = (channel_index(half, 64 * panel + channel) - channel_index(half, channel)) * kBytes;
+      const bool exists = 64 * panel < channels;
+      const int64_t distance = channel_index(half, 64 * panel + channel) - channel_index(half, channel);
+      panel_bytes[panel] = exists ? static_cast<int32_t>(distance) * kBytes : 0;
     }
   }
   QKV_DEVICE bool is_seen(int32_t tile) const {
@@ -49,7 +53,7 @@ template <int kBytes, int kPanels> struct RowSource {
   }
   QKV_DEVICE int32_t entry_of(int32_t tile) const {
     if (!is_seen(tile)) return kUnseen;
-    return table[(tile + first_produced_row() + lane_index() % kGroups * 8) >> params.paging.block_shift];
+    return table[(tile + first_produced_row<kRowsOfWarp>() + lane_index() % kGroups * 8) >> params.paging.block_shift];
   }
   QKV_DEVICE int32_t block_of_entry(int32_t entry, int32_t tile) const {
     if (!is_seen(tile)) return kUnseen;
@@ -58,20 +62,22 @@ template <int kBytes, int kPanels> struct RowSource {
   // Starts copying the rows in the background, 16 bytes a lane: row i * kRowsAtOnce + lane / kLanes of the warp to
   // to(i, panel). Zeros where nobody sees a row, or there is none.
   template <class To> QKV_DEVICE void copy(int32_t tile, int32_t block, To to) const {
-    const int32_t position = tile + first_produced_row() + lane_index() % kGroups * 8;
+    const int32_t position = tile + first_produced_row<kRowsOfWarp>() + lane_index() % kGroups * 8;
     const int32_t slot = position & (params.paging.block_size() - 1);
     const int64_t place = block < 0 ? -1 : (block * half.map.block_stride + slot * half.map.slot_stride) * kBytes;
     const int64_t row_bytes = half.map.slot_stride * kBytes;
     const uint32_t before = static_cast<uint32_t>(begin - tile - lane_index() / kLanes);
     const uint32_t seen = static_cast<uint32_t>(end - begin);
     QKV_UNROLL
-    for (int i = 0; i < kHopperRowsOfWarp / kRowsAtOnce; i++) {
+    for (int i = 0; i < kRowsOfWarp / kRowsAtOnce; i++) {
       const int row = i * kRowsAtOnce;
       const int64_t group = static_cast<int64_t>(shuffle_64(static_cast<uint64_t>(place), row / 8));
       const bool is_there = group >= 0 && static_cast<uint32_t>(row) - before < seen;
       const unsigned char *from = head + (is_there ? group + row % 8 * row_bytes : 0);
       QKV_UNROLL
-      for (int panel = 0; panel < kPanels; panel++) copy_async_16(to(i, panel), from + panel_bytes[panel], is_there);
+      for (int panel = 0; panel < kPanels; panel++) {
+        copy_async_16(to(i, panel), from + panel_bytes[panel], is_there && 64 * panel < channels);
+      }
     }
   }
 };
@@ -83,8 +89,8 @@ QKV_DEVICE uint32_t fill_of_tile(bool is_key, int32_t j, int32_t tiles) {
 }
 
 // Notes blocks that are missing, a bit for each 8 rows: of K only, as its scores are masked then.
-QKV_DEVICE void store_holes(unsigned char (&holes)[4], uint32_t bits) {
-  constexpr int kBytes = kHopperRowsOfWarp / 32;
+template <int kRowsOfWarp> QKV_DEVICE void store_holes(unsigned char (&holes)[4], uint32_t bits) {
+  constexpr int kBytes = kRowsOfWarp / 32;
   const int lane = lane_index();
   if (lane < kBytes) {
     holes[producer_warp() * kBytes + lane] = static_cast<unsigned char>(bits >> 4 * lane & 0xf);
@@ -97,10 +103,10 @@ QKV_DEVICE void slot_is_full(uint64_t *full) {
   if (lane_index() == 0) phase_barrier_arrive(full);
 }
 
-// Dynamic scales of this lane's two rows of a tile, lane and lane + 32 of the warp's: K's producers look them up, and V's too, whose
+// Dynamic scales of this lane's rows of a tile, lane and every 32nd after it of the warp's: K's producers look them up, and V's too, whose
 // turn comes with K's. Where there is no row V's is 0.
-struct ScalesOfRows {
-  static constexpr int kRows = kHopperRowsOfWarp / kWarp;
+template <int kRowsOfWarp> struct ScalesOfRows {
+  static constexpr int kRows = kRowsOfWarp / kWarp;
   float k[kRows], v[kRows];
 
   // `block` as RowSource has it.
@@ -108,7 +114,7 @@ struct ScalesOfRows {
     const quantkv_cache &cache = params.op.cache;
     QKV_UNROLL
     for (int i = 0; i < kRows; i++) {
-      const int32_t row = forget(lane_index()) + kWarp * i, own = shuffle(block, row / 8), slot = tile + first_produced_row() + row;
+      const int32_t row = forget(lane_index()) + kWarp * i, own = shuffle(block, row / 8), slot = tile + first_produced_row<kRowsOfWarp>() + row;
       const bool is_there = own >= 0 && tile + row >= source.begin && tile + row < source.end;
       const int64_t index = dynamic_scale_index(params.paging, is_there ? own : 0, head, slot & (params.paging.block_size() - 1));
       k[i] = cache.k.dynamic == nullptr ? 1.0f : is_there ? cache.k.dynamic[index] : 0.0f;
@@ -116,8 +122,8 @@ struct ScalesOfRows {
     }
   }
 
-  QKV_DEVICE void store(HopperScales<true> &scales) const {
-    const int thread = reread_thread_index(), first_row = (thread - kHopperConsumers) / kWarp * kHopperRowsOfWarp + thread % kWarp;
+  template <class Scales> QKV_DEVICE void store(Scales &scales) const {
+    const int thread = reread_thread_index(), first_row = (thread - kHopperConsumers) / kWarp * kRowsOfWarp + thread % kWarp;
     float top = 0.0f;
     QKV_UNROLL
     for (int i = 0; i < kRows; i++) {
@@ -128,29 +134,33 @@ struct ScalesOfRows {
     }
     QKV_UNROLL
     for (int mask = kWarp / 2; mask > 0; mask /= 2) top = maximum(top, shuffle_xor(top, mask));
-    if (thread % kWarp == 0) scales.tops[first_row / kHopperRowsOfWarp] = top;
+    if (thread % kWarp == 0) scales.tops[first_row / kRowsOfWarp] = top;
   }
 };
 
-// 8-bit codes: copied in the background, a tile ahead, to where the thread that asked for them finds them again; then
+// 8-bit codes: copied in the background, a tile ahead (or while consumers use the tile before), to where the thread that asked for them finds them again; then
 // decoded to the slot. A lane has 16 channels of a row: what eight lanes store meets all banks.
 template <class Shared>
 QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece, int32_t tiles, uint32_t first_fill, Shared &shared) {
-  constexpr int kDim = Shared::kDim;
-  constexpr int kPanels = kDim / 64, kLoads = kHopperRowsOfWarp / 8 * kPanels, kStride = kHopperProducers * 16;
+  constexpr int kKeys = Shared::kKeys, kPanels = Shared::kPanels, kStages = Shared::kCodeStages;
+  constexpr int kLoads = Shared::kRowsOfWarp / 8 * kPanels, kStride = kHopperProducers * 16;
+  constexpr int kAtOnce = kPanels == 4 ? 2 : 4; // for registers
   const bool is_key = produces_keys();
   const quantkv_half &half = is_key ? params.op.cache.k : params.op.cache.v;
-  using Source = RowSource<1, kPanels>;
+  using Source = RowSource<1, kPanels, Shared::kRowsOfWarp>;
   const Source source(params, half, piece);
-  unsigned char *const codes = shared.codes[0][0] + (thread_index() - kHopperConsumers) * 16;
+  const auto own_codes = [&](int stage) {
+    const int thread = Shared::kReadsThread ? reread_thread_index() : thread_index();
+    return shared.codes[0][0] + (thread - kHopperConsumers) * 16 + stage * kLoads * kStride;
+  };
   // Of this lane's first chunk in row lane / 4 of the warp's first eight; the second is its neighbour.
-  const int offset = panel_offset(first_produced_row() + lane_index() / 4, lane_index() % 4 * 2);
+  const int offset = panel_offset(first_produced_row<Shared::kRowsOfWarp>() + lane_index() / 4, lane_index() % 4 * 2);
 
-  int32_t tile = first_tile_of(piece);
-  int32_t block = source.block_of_entry(source.entry_of(tile), tile), entry = source.entry_of(tile + kHopperKeys);
+  int32_t tile = first_tile_of<kKeys>(piece);
+  int32_t block = source.block_of_entry(source.entry_of(tile), tile), entry = source.entry_of(tile + kKeys);
   const auto copy = [&](int stage) {
-    source.copy(tile, block,
-                [&](int i, int panel) { return codes + (stage * kLoads + i * kPanels + panel) * kStride; });
+    unsigned char *const codes = own_codes(stage);
+    source.copy(tile, block, [&](int i, int panel) { return codes + (i * kPanels + panel) * kStride; });
   };
   copy(0);
   copy_async_commit();
@@ -158,40 +168,44 @@ QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece,
   for (int32_t j = 0; j < tiles; j++) {
     const uint32_t holes = ballot(block == Source::kHole);
     const int32_t own_tile = tile, own_block = block;
-    if (j + 1 < tiles) {
-      tile += kHopperKeys;
-      block = source.block_of_entry(entry, tile);
-      entry = source.entry_of(tile + kHopperKeys);
-      copy((j + 1) % 2);
-    }
-    copy_async_commit();
+    const auto copy_next = [&] {
+      if (j + 1 < tiles) {
+        tile += kKeys;
+        block = source.block_of_entry(entry, tile);
+        entry = source.entry_of(tile + kKeys);
+        copy((j + 1) % kStages);
+      }
+      copy_async_commit();
+    };
+    if constexpr (kStages == 2) copy_next();
     const RingPosition ring = {first_fill + fill_of_tile(is_key, j, tiles)};
     phase_barrier_wait(&shared.empty[ring.slot()], ring.parity() ^ 1);
-    if (is_key) store_holes(shared.holes[ring.slot()], holes);
+    if (is_key) store_holes<Shared::kRowsOfWarp>(shared.holes[ring.slot()], holes);
     if constexpr (Shared::kDynamic) {
       if (is_key) {
-        ScalesOfRows scales;
+        ScalesOfRows<Shared::kRowsOfWarp> scales;
         scales.read(params, source, piece.kv_head, own_tile, own_block);
         const ScalesPosition at(ring.fill);
         phase_barrier_wait(&shared.scales_empty[at.slot()], at.parity() ^ 1);
         scales.store(shared.scales[at.slot()]);
       }
     }
-    copy_async_wait<1>();
+    copy_async_wait<kStages - 1>();
     unsigned char *even = shared.slots[ring.slot()][0] + offset, *odd = shared.slots[ring.slot()][0] + (offset ^ 16);
+    const unsigned char *const codes = own_codes(j % kStages);
     dispatch_format(format_of(half), [&](auto tag) {
       constexpr Format F = decltype(tag)::value;
       if constexpr (is_quantized(F)) {
         QKV_UNROLL
-        for (int first = 0; first < kLoads; first += 4) {
-          Words<4> raw[4];
+        for (int first = 0; first < kLoads; first += kAtOnce) {
+          Words<4> raw[kAtOnce];
           QKV_UNROLL
-          for (int i = 0; i < 4; i++) {
-            raw[i] = *reinterpret_cast<const Words<4> *>(codes + (j % 2 * kLoads + first + i) * kStride);
+          for (int i = 0; i < kAtOnce; i++) {
+            raw[i] = *reinterpret_cast<const Words<4> *>(codes + (first + i) * kStride);
           }
           QKV_UNROLL
-          for (int i = 0; i < 4; i++) {
-            const int load = first + i, at = (load % kPanels * kHopperKeys + load / kPanels * 8) * kPanelRow;
+          for (int i = 0; i < kAtOnce; i++) {
+            const int load = first + i, at = (load % kPanels * kKeys + load / kPanels * 8) * kPanelRow;
             Words<4> low, high;
             decode4_to_f16<F>(raw[i].w[0], low.w[0], low.w[1]);
             decode4_to_f16<F>(raw[i].w[1], low.w[2], low.w[3]);
@@ -204,31 +218,31 @@ QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece,
       }
     });
     slot_is_full(&shared.full[ring.slot()]);
+    if constexpr (kStages == 1) copy_next();
   }
 }
 
 // 16-bit elements: copied to the slot in the background; it is said to be full when the next one is on its way.
 template <class Shared>
 QKV_DEVICE void produce_copies(const AttentionParams &params, const Piece &piece, int32_t tiles, uint32_t first_fill, Shared &shared) {
-  constexpr int kDim = Shared::kDim;
-  constexpr int kPanels = kDim / 64;
+  constexpr int kKeys = Shared::kKeys, kPanels = Shared::kPanels;
   const bool is_key = produces_keys();
-  using Source = RowSource<2, kPanels>;
+  using Source = RowSource<2, kPanels, Shared::kRowsOfWarp>;
   const Source source(params, is_key ? params.op.cache.k : params.op.cache.v, piece);
   // Of this lane's chunk in row lane / 8 of the warp's first four, and of every other four on; between those.
-  const int offset = panel_offset(first_produced_row() + lane_index() / 8, lane_index() % 8);
-  int32_t tile = first_tile_of(piece), entry = source.entry_of(tile);
+  const int offset = panel_offset(first_produced_row<Shared::kRowsOfWarp>() + lane_index() / 8, lane_index() % 8);
+  int32_t tile = first_tile_of<kKeys>(piece), entry = source.entry_of(tile);
   RingPosition before = {first_fill};
   QKV_NO_UNROLL
-  for (int32_t j = 0; j < tiles; j++, tile += kHopperKeys) {
+  for (int32_t j = 0; j < tiles; j++, tile += kKeys) {
     const int32_t block = source.block_of_entry(entry, tile);
-    entry = source.entry_of(tile + kHopperKeys);
+    entry = source.entry_of(tile + kKeys);
     const RingPosition ring = {first_fill + fill_of_tile(is_key, j, tiles)};
     phase_barrier_wait(&shared.empty[ring.slot()], ring.parity() ^ 1);
-    if (is_key) store_holes(shared.holes[ring.slot()], ballot(block == Source::kHole));
+    if (is_key) store_holes<Shared::kRowsOfWarp>(shared.holes[ring.slot()], ballot(block == Source::kHole));
     unsigned char *even = shared.slots[ring.slot()][0] + offset, *odd = shared.slots[ring.slot()][0] + (offset ^ 64);
     source.copy(tile, block, [&](int i, int panel) {
-      return (i % 2 == 0 ? even : odd) + (panel * kHopperKeys + 4 * i) * kPanelRow;
+      return (i % 2 == 0 ? even : odd) + (panel * kKeys + 4 * i) * kPanelRow;
     });
     copy_async_commit();
     if (j > 0) {
@@ -250,7 +264,7 @@ QKV_DEVICE void produce(const AttentionParams &params, const WorkList &list, Sha
     sync_warp();
     const Piece *piece = piece_of(n, shared);
     if (piece == nullptr) break;
-    const int32_t tiles = tiles_of(*piece);
+    const int32_t tiles = tiles_of<Shared::kKeys>(*piece);
     if constexpr (kIsCodes) {
       produce_codes(params, *piece, tiles, fill, shared);
     } else {

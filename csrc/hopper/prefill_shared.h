@@ -6,38 +6,46 @@
 
 namespace quantkv {
 
-constexpr int kHopperRows = 128, kHopperKeys = 128, kHopperSlots = 4, kHopperPieces = 4;
+constexpr int kHopperRows = 128, kHopperSlots = 4, kHopperPieces = 4;
 constexpr int kHopperConsumerWarps = kHopperRows / 16, kHopperProducerWarps = 4;
-constexpr int kHopperWarpsOfFill = kHopperProducerWarps / 2, kHopperRowsOfWarp = kHopperKeys / kHopperWarpsOfFill;
+constexpr int kHopperWarpsOfFill = kHopperProducerWarps / 2;
+// Keys of a tile: as many as there are registers for, beside outputs of kDim channels.
+template <int kDim> constexpr int kHopperKeys = kDim == 256 ? 64 : 128;
 constexpr int kHopperConsumers = kHopperConsumerWarps * kWarp, kHopperProducers = kHopperProducerWarps * kWarp;
 constexpr int kHopperThreads = kHopperConsumers + kHopperProducers;
-// Of 168 a thread, which is what a block of this size has. Producers that look dynamic scales up need more.
-template <bool kDynamic> constexpr int kHopperConsumerRegisters = kDynamic ? 208 : 216;
-template <bool kDynamic> constexpr int kHopperProducerRegisters = kDynamic ? 88 : 72;
+// Of 168 a thread, which is what a block of this size has. Producers that decode rows of 256 channels or look dynamic scales up
+// need more.
+template <bool kMore> constexpr int kHopperConsumerRegisters = kMore ? 208 : 216;
+template <bool kMore> constexpr int kHopperProducerRegisters = kMore ? 88 : 72;
 
 // Dynamic scales of a tile: of K's rows and of V's, the largest of V's that each of K's producers has.
-template <bool kDynamic> struct HopperScales {};
-template <> struct HopperScales<true> {
-  alignas(8) float k[kHopperKeys];
-  alignas(8) float v[kHopperKeys];
+template <bool kDynamic, int kKeys> struct HopperScales {};
+template <int kKeys> struct HopperScales<true, kKeys> {
+  alignas(8) float k[kKeys];
+  alignas(8) float v[kKeys];
   float tops[kHopperWarpsOfFill];
 };
 
-// Of 128 channels and with dynamic scales, nearly all of a multiprocessor's 227 KB.
+// From 128 channels on nearly all of a multiprocessor's 227 KB. Of 256, a tile has half the keys, and there is room for the codes of
+// one alone.
 template <int Dim, bool Dynamic> struct HopperShared {
-  static constexpr int kDim = Dim, kPanels = kDim / 64;
+  static constexpr int kDim = Dim, kPanels = kDim / 64, kKeys = kHopperKeys<kDim>;
+  static constexpr int kRowsOfWarp = kKeys / kHopperWarpsOfFill; // of a producer
+  static constexpr int kCodeStages = kDim == 256 ? 1 : 2;
   static constexpr bool kDynamic = Dynamic;
+  static constexpr bool kReadsThread = kDynamic || kDim == 256; // again where it is needed: no register is left to keep it in
+  using Scales = HopperScales<kDynamic, kKeys>;
   alignas(1024) unsigned char query[kPanels][kHopperRows * kPanelRow]; // at the end the outputs
-  alignas(1024) unsigned char slots[kHopperSlots][kPanels][kHopperKeys * kPanelRow];
-  // 8-bit codes on their way: two tiles of K and V, in the order of the threads that copy and decode them.
-  alignas(16) unsigned char codes[2][2][kHopperKeys * kDim];
+  alignas(1024) unsigned char slots[kHopperSlots][kPanels][kKeys * kPanelRow];
+  // 8-bit codes on their way: tiles of K and V, in the order of the threads that copy and decode them.
+  alignas(16) unsigned char codes[kCodeStages][2][kKeys * kDim];
   alignas(16) uint64_t full[kHopperSlots];
   uint64_t empty[kHopperSlots];
   uint64_t scales_empty[2];
   // Of K's slots: byte w, bit i: keys 32w + 8i .. + 8 are in a block that the table does not name.
   alignas(4) unsigned char holes[kHopperSlots][4];
   float query_factors[kHopperRows];
-  HopperScales<kDynamic> scales[2]; // in turn
+  Scales scales[2]; // in turn
   // Pieces, in a ring too: one producer steps through the work, everyone takes them from here.
   SharedWork work;
   Piece pieces[kHopperPieces];
@@ -67,9 +75,9 @@ struct ScalesPosition {
 };
 
 // Tiles of a piece; one at least.
-QKV_DEVICE int32_t first_tile_of(const Piece &piece) { return piece.begin / kHopperKeys * kHopperKeys; }
-QKV_DEVICE int32_t tiles_of(const Piece &piece) {
-  return larger_of(1, (piece.end + kHopperKeys - 1) / kHopperKeys - piece.begin / kHopperKeys);
+template <int kKeys> QKV_DEVICE int32_t first_tile_of(const Piece &piece) { return piece.begin / kKeys * kKeys; }
+template <int kKeys> QKV_DEVICE int32_t tiles_of(const Piece &piece) {
+  return larger_of(1, (piece.end + kKeys - 1) / kKeys - piece.begin / kKeys);
 }
 
 // Publishes piece n, or that there is none. One thread.

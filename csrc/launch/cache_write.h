@@ -61,7 +61,7 @@ template <Format A> int launch_packed(CacheWriteParams &p, bool by_channel, void
 template <class T> int launch_activation(CacheWriteParams &p, void *stream) {
   constexpr Format A = FormatOf<T>::value;
   const quantkv_half &k = p.op.cache.k, &v = p.op.cache.v;
-  const bool dynamic = k.dynamic != nullptr || v.dynamic != nullptr, by_channel = is_by_channel(k) || is_by_channel(v);
+  const bool dynamic = has_dynamic_scales(p.op.cache), by_channel = is_by_channel(k) || is_by_channel(v);
   const bool rows = rows_have_vectors(p.op.key, p.op.activation, k.head_dim) && half_has_vectors(k) &&
                     rows_have_vectors(p.op.value, p.op.activation, v.head_dim);
   const bool vectors = rows && half_has_vectors(v) && is_compact(k) && is_compact(v);

@@ -167,7 +167,7 @@ size_t workspace_bound(const quantkv_paged_attention &op, const Device &device) 
   if (device.compute_capability < 80) return portable;
   size_t tensor_core = bytes(KernelShape{kDecodeTile, kDecodeRows, kDecodeBlocks, kDecodeMinTiles, kDecodePieceCost}, true);
   const size_t prefill = bytes(KernelShape{kPrefillRows, kPrefillRows, kPrefillBlocks, 1, 0});
-  const size_t hopper = bytes(kPrefillHopperShape);
+  const size_t hopper = bytes(kPrefillHopperShape<128>);
   size_t many = prefill > hopper ? prefill : hopper;
   if (device.compute_capability == 90) {
     const size_t wide = bytes(kDecodeWideShape<64>, true);

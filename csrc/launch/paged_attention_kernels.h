@@ -24,8 +24,9 @@ bool prefill_can_load(const quantkv_paged_attention &op);
 int launch_prefill(const AttentionParams &params, const WorkList &list, quantkv_stream stream);
 
 // The same for devices of compute capability 9.0, of calls that launch_prefill could take too. Starting and ending a
-// piece takes about as long as six tiles.
-constexpr KernelShape kPrefillHopperShape = {128, 128, 1, 4, 3};
+// piece takes about as long as three tiles. kDim: the larger head dim, rounded up to 64, 128 or 256.
+template <int kDim> constexpr KernelShape kPrefillHopperShape = {kDim == 256 ? 64 : 128, 128, 1, 4, 3};
+int padded_prefill_dim(const quantkv_cache &cache);
 KernelShape prefill_hopper_shape(const quantkv_paged_attention &op, const Device &device);
 int launch_prefill_hopper(const AttentionParams &params, const WorkList &list, quantkv_stream stream);
 

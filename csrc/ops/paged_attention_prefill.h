@@ -254,16 +254,14 @@ QKV_DEVICE void attend_prefill(const AttentionParams &params, const WorkList &li
   const auto store_query = [&](int row, int chunk, const Words<4> &words) {
     *reinterpret_cast<Words<4> *>(query_chunk(row, chunk)) = words;
   };
-  PrefillQueries<kDim, 16> queries;
-  queries.load(params, piece);
-  queries.template put<T>(params, piece, store_query, shared.query_factors);
+  const float k_scale = load_prefill_queries<T, kDim>(params, piece, store_query, shared.query_factors);
   sync_threads();
   copy_tile<kDim>(params, k, piece, first, shared.blocks[0], is_raw, k_copy);
   copy_async_commit();
   copy_tile<kDim>(params, v, piece, first, shared.blocks[0], is_raw, v_copy);
   copy_async_commit();
 
-  PrefillRows rows = start_prefill_rows(params, piece, queries.k_scale, shared.query_factors);
+  PrefillRows rows = start_prefill_rows(params, piece, k_scale, shared.query_factors);
   float o[kDim / 8][4];
   QKV_UNROLL
   for (int c = 0; c < kDim / 8; c++) {
@@ -294,7 +292,12 @@ QKV_DEVICE void attend_prefill(const AttentionParams &params, const WorkList &li
       copy_async_commit();
     }
     bool is_masked = needs_mask<kKeys>(params, piece, first, shared.present[stage]);
-    score_tile<kKeys>(params, rows, first, shared.k_dynamic[stage], shared.present[stage], is_masked, s);
+    if (k.dynamic != nullptr) scale_products<kKeys>(shared.k_dynamic[stage], s);
+    score_products<kKeys>(params, rows, first, s);
+    if (is_masked) {
+      mask_tile<kKeys>(rows, first, s);
+      mask_holes<kKeys>(shared.present[stage], s);
+    }
     float rescale_unit = v.dynamic == nullptr ? 1.0f : grow_unit(rows, shared.v_dynamic_max[stage]);
     weigh_tile<kKeys>(rows, rescale_unit, s, o);
     if (v.dynamic != nullptr) scale_weights<kKeys>(rows, shared.v_dynamic[stage], s);

@@ -23,22 +23,21 @@ QKV_DEVICE void unpack_chunk(const Words<4> &words, int32_t activation, float (&
   }
 }
 
-// A lane's part of its warp's kRows rows of queries: every fourth row, and of the eight lanes that share it every eighth chunk of
-// 8 channels. Written for few instructions: a piece runs them once, and cold.
-template <int kDim, int kRows> struct PrefillQueries {
-  static constexpr int kChunks = kDim / 64, kTurns = kRows / 4;
+// A lane's part of kTurns of the rows of queries that its warp has, kRows of them: every fourth row, and of the eight lanes that
+// share it every eighth chunk of 8 channels.
+template <int kDim, int kRows, int kTurns> struct PrefillQueries {
+  static constexpr int kChunks = kDim / 64;
+  int first_turn;
   Words<4> words[kTurns][kChunks];
-  float k_scale; // of the KV head; 1 where channels have scales, or K has none
 
   // Of a thread, read again, so that nothing is kept from piece to piece.
-  static QKV_DEVICE int row_of(int thread, int turn) { return thread / kWarp * kRows + thread % kWarp / 8 + 4 * turn; }
+  QKV_DEVICE int row_of(int thread, int turn) const { return thread / kWarp * kRows + thread % kWarp / 8 + 4 * (first_turn + turn); }
   static QKV_DEVICE int chunk_of(int thread, int i) { return thread % 8 + 8 * i; }
 
   // All on their way at once. Zeros where there is nothing.
   QKV_DEVICE void load(const AttentionParams &params, const Piece &piece) {
     const int thread = reread_thread_index();
     const quantkv_half &k = params.op.cache.k;
-    k_scale = is_quantized(format_of(k)) && k.scale.channel_stride == 0 ? static_scale(k.scale, piece.kv_head, 0) : 1.0f;
     QKV_UNROLL
     for (int turn = 0; turn < kTurns; turn++) {
       const int row = row_of(thread, turn), query = piece.query_of(row);
@@ -54,7 +53,7 @@ template <int kDim, int kRows> struct PrefillQueries {
     }
   }
 
-  // For products in T: chunk c of row r by store(r, c, words), what brings the row back to its size to factors[r].
+  // For products in T, as load_prefill_queries has it.
   template <class T, class Store>
   QKV_DEVICE void put(const AttentionParams &params, const Piece &piece, Store store, float *factors) {
     const quantkv_half &k = params.op.cache.k;
@@ -118,6 +117,25 @@ private:
     return float_of((exponent - 14) << 23);
   }
 };
+
+// Queries of the piece for products in T, the kRows rows of this warp: chunk c of row r by store(r, c, words), what brings the
+// row back to its size to factors[r]. Rows it has not are zeros. Answers the KV head's scale of K: 1 where channels have their own,
+// which queries are multiplied by, or there is none. Written for few instructions: a piece runs them once, and cold.
+template <class T, int kDim, int kRows = 16, class Store>
+QKV_DEVICE float load_prefill_queries(const AttentionParams &params, const Piece &piece, Store store, float *factors) {
+  constexpr int kTurns = kRows / 4, kAtOnce = kDim == 256 && kTurns > 2 ? 2 : kTurns; // for registers
+  const quantkv_half &k = params.op.cache.k;
+  const bool is_uniform = is_quantized(format_of(k)) && k.scale.channel_stride == 0;
+  const float k_scale = is_uniform ? static_scale(k.scale, piece.kv_head, 0) : 1.0f;
+  QKV_UNROLL
+  for (int first_turn = 0; first_turn < kTurns; first_turn += kAtOnce) {
+    PrefillQueries<kDim, kRows, kAtOnce> queries;
+    queries.first_turn = first_turn;
+    queries.load(params, piece);
+    queries.template put<T>(params, piece, store, factors);
+  }
+  return k_scale;
+}
 
 // ---- softmax
 
@@ -220,12 +238,10 @@ QKV_DEVICE void scale_weights(const PrefillRows &rows, const float *v_dynamic, f
   }
 }
 
-// Products to scores in base 2; -inf where a key is not visible.
+// Products, times K's dynamic scales, to scores in base 2.
 template <int kKeys>
-QKV_DEVICE void score_tile(const AttentionParams &params, const PrefillRows &rows, int32_t first,
-                           const float *k_dynamic, const uint32_t *present, bool is_masked, float (&s)[kKeys / 8][4]) {
+QKV_DEVICE void score_products(const AttentionParams &params, const PrefillRows &rows, int32_t first, float (&s)[kKeys / 8][4]) {
   const int column = 2 * (lane_index() % 4);
-  if (params.op.cache.k.dynamic != nullptr) scale_products<kKeys>(k_dynamic, s);
   QKV_UNROLL
   for (int n = 0; n < kKeys / 8; n++) {
     QKV_UNROLL
@@ -246,10 +262,6 @@ QKV_DEVICE void score_tile(const AttentionParams &params, const PrefillRows &row
         s[n][i] += rows.slope[i / 2] * static_cast<float>(first + 8 * n + column + i % 2 - rows.visible[i / 2].last);
       }
     }
-  }
-  if (is_masked) {
-    mask_tile<kKeys>(rows, first, s);
-    mask_holes<kKeys>(present, s);
   }
 }
 
@@ -284,6 +296,25 @@ QKV_DEVICE void lay_prefill_output(const float (&o)[kDim / 8][4], Place place, S
     for (int half = 0; half < 2; half++) {
       *reinterpret_cast<uint32_t *>(place(prefill_row(thread, half), c) + 4 * (thread % 4)) =
           pack(scaled(o[c][2 * half], half, c, 0), scaled(o[c][2 * half + 1], half, c, 1));
+    }
+  }
+}
+
+// Rows from place(row, chunk) to memory, as queries are loaded: eight lanes a row.
+template <int kDim, class Place> QKV_DEVICE void store_laid_output(const AttentionParams &params, const Piece &piece, Place place) {
+  const int thread = reread_thread_index();
+  QKV_UNROLL
+  for (int turn = 0; turn < 4; turn++) {
+    const int row = thread / kWarp * 16 + thread % kWarp / 8 + 4 * turn, query = piece.query_of(row);
+    if (row >= piece.rows()) continue;
+    const int head = piece.first_head + row - query * piece.num_heads;
+    uint16_t *to = static_cast<uint16_t *>(params.op.output.data) + row_index(params.op.output, piece.first_token + query, head);
+    QKV_UNROLL
+    for (int i = 0; i < kDim / 64; i++) {
+      const int chunk = thread % 8 + 8 * i;
+      if (8 * chunk < params.op.cache.v.head_dim) {
+        *reinterpret_cast<Words<4> *>(to + 8 * chunk) = *reinterpret_cast<const Words<4> *>(place(row, chunk));
+      }
     }
   }
 }
@@ -326,21 +357,7 @@ QKV_DEVICE void store_prefill_output(const AttentionParams &params, const Piece 
     });
   }
   sync_warp();
-  // As they were loaded: eight lanes a row.
-  QKV_UNROLL
-  for (int turn = 0; turn < 4; turn++) {
-    const int row = thread / kWarp * 16 + thread % kWarp / 8 + 4 * turn, query = piece.query_of(row);
-    if (row >= piece.rows()) continue;
-    const int head = piece.first_head + row - query * piece.num_heads;
-    uint16_t *to = static_cast<uint16_t *>(params.op.output.data) + row_index(params.op.output, piece.first_token + query, head);
-    QKV_UNROLL
-    for (int i = 0; i < kDim / 64; i++) {
-      const int chunk = thread % 8 + 8 * i;
-      if (8 * chunk < v.head_dim) {
-        *reinterpret_cast<Words<4> *>(to + 8 * chunk) = *reinterpret_cast<const Words<4> *>(place(row, chunk));
-      }
-    }
-  }
+  store_laid_output<kDim>(params, piece, place);
 }
 
 #endif // QKV_HAS_TENSOR_CORES

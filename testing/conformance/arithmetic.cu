@@ -1,4 +1,4 @@
-// divide, multiply and fused_multiply_add to the last bit; exp2_approx and log2_approx within what PTX promises;
+// divide, multiply and fused_multiply_add to the last bit; exp2_approx, reciprocal_approx and log2_approx within what PTX promises;
 // byte_permute; the collectives and atomics of platform.h.
 #include "harness.h"
 
@@ -25,6 +25,9 @@ struct Fused {
 };
 struct Exp2 {
   static QKV_DEVICE float apply(float x) { return exp2_approx(x); }
+};
+struct Reciprocal {
+  static QKV_DEVICE float apply(float x) { return reciprocal_approx(x); }
 };
 struct Log2 {
   static QKV_DEVICE float apply(float x) { return log2_approx(x); }
@@ -102,6 +105,34 @@ void test_exp2(Report &report) {
     if (!good && wrong++ == 0) first = number(x) + " gives " + number(got[i]);
   }
   report.line("exp2_approx", in.size(), wrong, wrong ? first : "worst " + number(worst) + " ulp");
+}
+
+void test_reciprocal(Report &report) {
+  std::vector<float> in;
+  for (uint32_t word : edge_words()) in.push_back(as_float(word));
+  for (uint32_t word : random_words(kCases, 8)) in.push_back(as_float(word));
+  std::vector<float> got = map<Reciprocal, float>(in);
+  uint64_t wrong = 0;
+  double worst = 0;
+  std::string first;
+  const double smallest = std::ldexp(1.0, -126);
+  for (size_t i = 0; i < in.size(); i++) {
+    const double x = in[i], want = 1.0 / x;
+    bool good;
+    if (std::isnan(x)) {
+      good = std::isnan(got[i]);
+    } else if (std::abs(x) < smallest) {
+      good = std::isinf(got[i]) && std::signbit(got[i]) == std::signbit(x);
+    } else if (std::abs(want) < smallest) {
+      good = got[i] == 0.0f || std::abs(want) > smallest * (1 - std::ldexp(1.0, -22)); // flushed; or beside the edge
+    } else {
+      const double error = std::abs(got[i] - want) / ulp(want);
+      worst = std::max(worst, error);
+      good = error <= 1.5; // 1 ulp of the rounded result, half of one for rounding
+    }
+    if (!good && wrong++ == 0) first = number(in[i]) + " gives " + number(got[i]);
+  }
+  report.line("reciprocal_approx", in.size(), wrong, wrong ? first : "worst " + number(worst) + " ulp");
 }
 
 void test_log2(Report &report) {
@@ -226,6 +257,7 @@ void test_arithmetic(Report &report, uint64_t) {
   });
   exact<Fused>(report, "fused_multiply_add", in, [](float x, float y, float z) { return std::fmaf(x, y, z); });
   test_exp2(report);
+  test_reciprocal(report);
   test_log2(report);
   test_byte_permute(report);
   test_collectives(report);

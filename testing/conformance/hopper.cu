@@ -51,22 +51,22 @@ QKV_DEVICE void load_fragments(const uint16_t *a, uint32_t (&fragments)[kDepth /
 }
 #endif
 
-// out [64, 128] = A [64, 128] B^T, B [128, 128]; if `adds`, A's first 16 columns count twice.
-template <bool Bf16> QKV_KERNEL void by_rows_kernel(const uint16_t *a, const uint16_t *b, float *out, bool adds) {
+// out [64, N] = A [64, 128] B^T, B [N, 128]; if `adds`, A's first 16 columns count twice.
+template <bool Bf16, int N> QKV_KERNEL void by_rows_kernel(const uint16_t *a, const uint16_t *b, float *out, bool adds) {
 #if QKV_HAS_WARPGROUP_PRODUCTS
   QKV_DYNAMIC_SHARED(memory);
   unsigned char *panels_a = align_panels(memory), *panels_b = panels_a + kRows * kDepth * 2;
   for (int i = thread_index(); i < kRows * kDepth; i += kGroup) panel_at(panels_a, kRows, i / kDepth, i % kDepth) = a[i];
-  for (int i = thread_index(); i < 128 * kDepth; i += kGroup) panel_at(panels_b, 128, i / kDepth, i % kDepth) = b[i];
+  for (int i = thread_index(); i < N * kDepth; i += kGroup) panel_at(panels_b, N, i / kDepth, i % kDepth) = b[i];
   fence_for_products();
   sync_threads();
-  float sums[16][4];
-  for (int j = 0; j < 16; j++) {
+  float sums[N / 8][4];
+  for (int j = 0; j < N / 8; j++) {
     for (int i = 0; i < 4; i++) sums[j][i] = 1e30f; // the first product does not add
   }
   const auto multiply = [&](int step, bool add) {
     const PanelMatrix x = matrix_by_rows(panels_a + step / 4 * kRows * kPanelRow) + 32 * (step % 4);
-    const PanelMatrix y = matrix_by_rows(panels_b + step / 4 * 128 * kPanelRow) + 32 * (step % 4);
+    const PanelMatrix y = matrix_by_rows(panels_b + step / 4 * N * kPanelRow) + 32 * (step % 4);
     if constexpr (Bf16) {
       multiply_rows_bf16(sums, x, y, add);
     } else {
@@ -175,10 +175,12 @@ template <bool Bf16, int N = 128, int kFirst = 0, bool kReplaces = N <= 32> void
   int status = QUANTKV_OK;
   if (kind == Kind::Columns) {
     status = QKV_LAUNCH((by_columns_kernel<Bf16, N, kFirst, kReplaces>), grid, kGroup, shared, nullptr, da.get(), db.get(), out.get());
-  } else if constexpr (N < 128) {
-    status = QKV_LAUNCH((register_rows_kernel<N>), grid, kGroup, shared, nullptr, da.get(), db.get(), out.get());
-  } else {
-    status = QKV_LAUNCH((by_rows_kernel<Bf16>), grid, kGroup, shared, nullptr, da.get(), db.get(), out.get(), kind == Kind::RowsTwice);
+  } else if (kind == Kind::RegisterRows) {
+    if constexpr (N < 128) {
+      status = QKV_LAUNCH((register_rows_kernel<N>), grid, kGroup, shared, nullptr, da.get(), db.get(), out.get());
+    }
+  } else if constexpr (N >= 64) {
+    status = QKV_LAUNCH((by_rows_kernel<Bf16, N>), grid, kGroup, shared, nullptr, da.get(), db.get(), out.get(), kind == Kind::RowsTwice);
   }
   check(status, name);
   const std::vector<float> got = out.read();
@@ -281,6 +283,8 @@ void test_hopper(Report &report, uint64_t) {
     products<false>(report, "multiply_rows", Kind::Rows, integers);
     products<true>(report, "multiply_rows", Kind::Rows, integers);
     products<false>(report, "multiply_rows, adding", Kind::RowsTwice, integers);
+    products<false, 64>(report, "multiply_rows [64]", Kind::Rows, integers);
+    products<true, 64>(report, "multiply_rows [64]", Kind::Rows, integers);
     products<false>(report, "multiply_columns [128]", Kind::Columns, integers);
     products<true>(report, "multiply_columns [128]", Kind::Columns, integers);
     products<false, 64>(report, "multiply_columns [64]", Kind::Columns, integers);

@@ -34,6 +34,10 @@ inline float exp2_approx(float x) {
   const float y = exp2f(x);
   return y < 0x1p-126f ? 0.0f : y;
 }
+inline float reciprocal_approx(float x) {
+  const float y = 1.0f / (fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x);
+  return fabsf(y) < 0x1p-126f ? copysignf(0.0f, y) : y;
+}
 inline float log2_approx(float x) { return log2f(x); }
 inline float maximum(float x, float y) { return fmaxf(x, y); }
 

@@ -157,10 +157,10 @@ template <int N, size_t kTiles> void products_wait(float (&)[kTiles][4], simt::S
   simt::collective<int>("products_wait", site, static_cast<size_t>(N), simt::finish_products, true);
 }
 
-inline void multiply_rows_f16(float (&sums)[16][4], PanelMatrix a, PanelMatrix b, bool adds) {
+template <size_t kTiles> void multiply_rows_f16(float (&sums)[kTiles][4], PanelMatrix a, PanelMatrix b, bool adds) {
   simt::multiply_rows(sums, a, b, adds, false);
 }
-inline void multiply_rows_bf16(float (&sums)[16][4], PanelMatrix a, PanelMatrix b, bool adds) {
+template <size_t kTiles> void multiply_rows_bf16(float (&sums)[kTiles][4], PanelMatrix a, PanelMatrix b, bool adds) {
   simt::multiply_rows(sums, a, b, adds, true);
 }
 template <size_t kTiles>

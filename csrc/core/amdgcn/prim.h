@@ -32,6 +32,7 @@ QKV_DEVICE float multiply(float x, float y) { return x * y; }
 QKV_DEVICE float fused_multiply_add(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
 
 QKV_DEVICE float exp2_approx(float x) { return __builtin_amdgcn_exp2f(x); }
+QKV_DEVICE float reciprocal_approx(float x) { return divide(1.0f, x); }
 // The instruction takes subnormals for zero.
 QKV_DEVICE float log2_approx(float x) {
   const bool small = x < 1.17549435e-38f; // 2^-126
