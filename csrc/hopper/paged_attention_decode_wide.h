@@ -112,7 +112,7 @@ template <Format F, class Shape> struct WideDecode {
         const int row = 8 * j + 2 * t + i % 2;
         const int32_t query_position = shared.position[row], key = tile.position + g + i / 2 * 8;
         s[j][i] *= shared.rows[version][0][row].factor;
-        if (params.cap != 0.0f) s[j][i] = params.cap * tanh_of(s[j][i]);
+        if (params.cap != 0.0f) s[j][i] = params.cap * tanh_quick(s[j][i]);
         s[j][i] += shared.slope[row] * static_cast<float>(key - query_position);
         if (!has[i / 2] || !visible_to(params, query_position)(key)) s[j][i] = negative_infinity();
       }

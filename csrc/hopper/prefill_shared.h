@@ -85,7 +85,7 @@ template <class Shared>
 QKV_DEVICE void step_pieces(const AttentionParams &params, const WorkList &list, uint32_t n, Shared &shared) {
   const int at = static_cast<int>(n % kHopperPieces);
   phase_barrier_wait(&shared.piece_empty[at], static_cast<int>(n / kHopperPieces % 2) ^ 1);
-  shared.is_piece[at] = shared.work.next(params, list, n == 0, true, [] {});
+  shared.is_piece[at] = shared.work.next(params, list, n == 0, true, [] {}, forget(block_index_x())); // once: not kept
   shared.pieces[at] = shared.work.piece;
   phase_barrier_arrive(&shared.piece_full[at]);
 }

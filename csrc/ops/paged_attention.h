@@ -244,12 +244,12 @@ struct SharedWork {
     return next(params, list, is_first, thread_index() == 0, [] { sync_threads(); });
   }
 
-  // The same for some warps of the block: `sync` is their barrier, one thread of theirs `steps`.
+  // The same for some warps of the block: `sync` is their barrier, one thread of theirs `steps`. `worker`: the block's number.
   template <class Sync>
-  QKV_DEVICE bool next(const AttentionParams &params, const WorkList &list, bool is_first, bool steps, Sync sync) {
+  QKV_DEVICE bool next(const AttentionParams &params, const WorkList &list, bool is_first, bool steps, Sync sync, int worker = block_index_x()) {
     sync();
     if (steps) {
-      WorkIterator work = is_first ? WorkIterator(params, list, forget(block_index_x())) : WorkIterator(params, list, place);
+      WorkIterator work = is_first ? WorkIterator(params, list, worker) : WorkIterator(params, list, place);
       if (!is_first) work.is_first = !started;
       found = work.next(piece);
       started = !work.is_first;

@@ -251,7 +251,7 @@ QKV_DEVICE void score_products(const AttentionParams &params, const PrefillRows 
     QKV_UNROLL
     for (int n = 0; n < kKeys / 8; n++) {
       QKV_UNROLL
-      for (int i = 0; i < 4; i++) s[n][i] = params.cap * tanh_of(s[n][i]);
+      for (int i = 0; i < 4; i++) s[n][i] = params.cap * tanh_quick(s[n][i]);
     }
   }
   if (params.op.alibi_slopes != nullptr) {
