@@ -32,6 +32,8 @@ pub struct Shape {
     pub format: KvFormat,
     pub layout: CacheLayout,
     pub dynamic: bool,
+    /// Scores have a soft cap of 50, Gemma 2's.
+    pub capped: bool,
 }
 
 impl Shape {
@@ -52,13 +54,20 @@ impl Shape {
             format,
             layout: CacheLayout::Hnd,
             dynamic: false,
+            capped: false,
         }
     }
 
     pub fn name(&self) -> String {
-        let Shape { label, queries, kv_heads, group, dim, block, format, layout, dynamic, .. } = self;
+        let Shape { label, queries, kv_heads, group, dim, block, format, layout, dynamic, capped, .. } = self;
         let dynamic = if *dynamic { " dynamic" } else { "" };
-        format!("{format} {label} q{queries} {}/{kv_heads} d{dim} page{block} {layout}{dynamic}", group * kv_heads)
+        let capped = if *capped { " capped" } else { "" };
+        let heads = group * kv_heads;
+        format!("{format} {label} q{queries} {heads}/{kv_heads} d{dim} page{block} {layout}{dynamic}{capped}")
+    }
+
+    fn soft_cap(&self) -> f32 {
+        if self.capped { 50.0 } else { 0.0 }
     }
 
     /// K and V a call must read, and the scales of their rows.
@@ -291,7 +300,7 @@ impl<'d> Case<'d> {
             num_heads: heads as i32,
             activation: c::QUANTKV_BF16,
             softmax_scale: self.softmax_scale(),
-            soft_cap: 0.0,
+            soft_cap: self.shape.soft_cap(),
             sliding_window: 0,
             alibi_slopes: std::ptr::null(),
             sinks: std::ptr::null(),
@@ -385,9 +394,15 @@ impl<'d> Case<'d> {
                 }
             }
         }
-        let softmax_scale = f64::from(self.softmax_scale());
+        let (softmax_scale, cap) = (f64::from(self.softmax_scale()), f64::from(self.shape.soft_cap()));
+        for score in &mut scores {
+            *score *= softmax_scale;
+            if cap > 0.0 {
+                *score = cap * (*score / cap).tanh();
+            }
+        }
         let largest = scores.iter().copied().fold(f64::MIN, f64::max);
-        let weights: Vec<f64> = scores.iter().map(|score| ((score - largest) * softmax_scale).exp()).collect();
+        let weights: Vec<f64> = scores.iter().map(|score| (score - largest).exp()).collect();
         let total: f64 = weights.iter().sum();
         let column = |d: usize| weights.iter().zip(&values).map(|(weight, row)| weight * row[d]).sum::<f64>() / total;
         Ok((0..dim).map(column).collect())

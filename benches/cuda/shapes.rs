@@ -141,6 +141,19 @@ fn prefill(work: &mut Vec<Work>, quick: bool) {
             let dynamic = Shape { dynamic: true, queries: 2 * K, ..Shape::uniform(1, context, E4M3) };
             work.push(Work::Prefill(dynamic));
         }
+        // Short prompts of several sequences; Gemma's heads, and its capped scores.
+        for (batch, context) in [(16, 512), (8, K), (4, 2 * K)] {
+            work.push(Work::Prefill(Shape { queries: context, ..Shape::uniform(batch, context, E4M3) }));
+        }
+        for format in [E4M3, KvFormat::BF16] {
+            for context in [2 * K, 8 * K, 32 * K] {
+                work.push(Work::Prefill(Shape { queries: 2 * K, dim: 256, ..Shape::uniform(1, context, format) }));
+            }
+        }
+        for dim in [128, 256] {
+            let capped = Shape { capped: true, queries: 2 * K, dim, ..Shape::uniform(1, 8 * K, E4M3) };
+            work.push(Work::Prefill(capped));
+        }
     }
 }
 
