@@ -37,7 +37,6 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kHopperThreads, 1) attend_prefill_hopper(
   static_assert(kIsCodes || !kDynamic, "only codes have scales");
   QKV_PANELS_SHARED(memory);
   using Shared = HopperShared<kDim, kDynamic>;
-  constexpr bool kMore = kDynamic;
   Shared &shared = *reinterpret_cast<Shared *>(memory);
   if (thread_index() == 0) {
     for (int slot = 0; slot < kHopperSlots; slot++) {
@@ -54,10 +53,10 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kHopperThreads, 1) attend_prefill_hopper(
   wait_for_previous_kernel();
   sync_threads();
   if (warp_index() >= kHopperConsumerWarps) {
-    give_registers<kHopperProducerRegisters<kMore>>();
+    give_registers<kHopperProducerRegisters<kDynamic>>();
     produce<kIsCodes>(params, list, shared);
   } else {
-    take_registers<kHopperConsumerRegisters<kMore>>();
+    take_registers<kHopperConsumerRegisters<kDynamic>>();
     HopperConsumer<T, Shared>::run(params, list, shared);
   }
 #endif

@@ -138,8 +138,8 @@ template <int kRowsOfWarp> struct ScalesOfRows {
   }
 };
 
-// 8-bit codes: copied in the background, a tile ahead (or while consumers use the tile before), to where the thread that asked for them finds them again; then
-// decoded to the slot. A lane has 16 channels of a row: what eight lanes store meets all banks.
+// 8-bit codes: copied in the background, a tile ahead (or while consumers use the tile before), to where the thread that asked for
+// them finds them again; then decoded to the slot. A lane has 16 channels of a row: what eight lanes store meets all banks.
 template <class Shared>
 QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece, int32_t tiles, uint32_t first_fill, Shared &shared) {
   constexpr int kKeys = Shared::kKeys, kPanels = Shared::kPanels, kStages = Shared::kCodeStages;

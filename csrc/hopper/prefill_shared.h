@@ -13,10 +13,9 @@ constexpr int kHopperWarpsOfFill = kHopperProducerWarps / 2;
 template <int kDim> constexpr int kHopperKeys = kDim == 256 ? 64 : 128;
 constexpr int kHopperConsumers = kHopperConsumerWarps * kWarp, kHopperProducers = kHopperProducerWarps * kWarp;
 constexpr int kHopperThreads = kHopperConsumers + kHopperProducers;
-// Of 168 a thread, which is what a block of this size has. Producers that decode rows of 256 channels or look dynamic scales up
-// need more.
-template <bool kMore> constexpr int kHopperConsumerRegisters = kMore ? 208 : 216;
-template <bool kMore> constexpr int kHopperProducerRegisters = kMore ? 88 : 72;
+// Of 168 a thread, which is what a block of this size has. Producers that look dynamic scales up need more.
+template <bool kDynamic> constexpr int kHopperConsumerRegisters = kDynamic ? 208 : 216;
+template <bool kDynamic> constexpr int kHopperProducerRegisters = kDynamic ? 88 : 72;
 
 // Dynamic scales of a tile: of K's rows and of V's, the largest of V's that each of K's producers has.
 template <bool kDynamic, int kKeys> struct HopperScales {};
