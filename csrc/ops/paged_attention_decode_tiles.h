@@ -70,7 +70,8 @@ template <Format F, int D, int RowTiles, bool Dynamic, Order O> struct DecodeSha
   static constexpr bool kNothingAhead = kKept > 200;
   // Where there are registers to spare beside a tile on its way, the next piece is looked for between two tiles.
   static constexpr bool kLooksLate = kWithAhead <= 184;
-  static constexpr bool kFits = kKept <= 204;
+  // Rows that engines pack have 128 channels where a KV head has more than 8 query rows: others are not worth their compilation.
+  static constexpr bool kFits = kKept <= 204 && (!kPacked || RowTiles == 1 || D == 128);
 
   // Where scales are dynamic, and by the compiler for sm_100 and newer, there is no register for what follows from these: it is
   // computed again.
