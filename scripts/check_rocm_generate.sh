@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # generate on a ROCm device gives the tokens that it gives on the CPU: greedy ones of the bundled model, its prompt cut
 # into chunks, with activations in f32 (the portable attention kernel) and bf16 (matrix cores), products by our own kernel
-# and by rocBLAS.
+# and, where it must be there, by rocBLAS.
 #
 #   scripts/amd.sh --arch gfx942 -- scripts/check_rocm_generate.sh
 #
@@ -11,8 +11,8 @@ cd "$(dirname "$0")/.."
 
 cargo build --locked --features rocm --example generate
 generate=${CARGO_TARGET_DIR:-target}/debug/examples/generate
-library=auto
-[ "${QUANTKV_REQUIRE_ROCBLAS:-0}" != 1 ] || library=rocblas
+products_of=(portable)
+[ "${QUANTKV_REQUIRE_ROCBLAS:-0}" != 1 ] || products_of+=(rocblas)
 tokens() { # arguments of generate
     "$generate" --max-tokens 10 --max-prefill-tokens 16 --json "$@" 2>/dev/null | python3 -c '
 import json, sys
@@ -22,7 +22,7 @@ print([output["token_ids"] for request in run["requests"] for output in request[
 for cache in auto fp8 fp8_e5m2 fp8_e4m3_fnuz; do
     expected=$(tokens --device cpu --kv-cache-dtype $cache)
     for activations in f32 bf16; do
-        for products in portable $library; do
+        for products in "${products_of[@]}"; do
             got=$(tokens --device rocm --kv-cache-dtype $cache --activations $activations --products $products)
             if [ "$got" != "$expected" ] || [ "$got" = '[]' ]; then
                 echo "cache $cache, activations $activations, products $products: $got, and on the CPU $expected" >&2
