@@ -140,11 +140,14 @@ kernels() {
             exit bad
         }' <<<"$resources" || status=1
     # Instructions that must be there: the code paths they stand for were compiled in.
-    local arch sass
+    local arch sass products
+    scripts/check_products.py --self-test
     for arch in $archs; do
+        products=(cat)
+        case $arch in 90*) products=(scripts/check_products.py --echo) ;; esac
         # Products and conversions alone: all instructions are a million lines.
-        sass=$(cuobjdump -sass -arch "sm_$arch" "$library" |
-            { grep -oE ' (HGMMA|HMMA|F2FP)\.[A-Z0-9_.x]+' || true; } | sort | uniq -c) # sm_75 has none
+        sass=$(cuobjdump -sass -arch "sm_$arch" "$library" | "${products[@]}" |
+            { grep -oE ' (HGMMA|HMMA|F2FP)\.[A-Z0-9_.x]+' || true; } | sort | uniq -c) || status=1 # sm_75 has none
         has() { grep -qE " $1" <<<"$sass" || { echo "sm_$arch has no $1: $2"; status=1; }; }
         case $arch in
             75) ;;

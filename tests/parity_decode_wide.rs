@@ -64,7 +64,7 @@ fn every_length_around_a_tile() {
         for (window, dynamic) in
             [(None, false), (Some(1), false), (Some(21), false), (Some(100), false), (None, true), (Some(100), true)]
         {
-            let lengths = [1, 7, 8, 9, 15, 16, 17, 47, 48, 49, 63, 64, 65, 127, 128, 129, 191, 200];
+            let lengths = [1, 7, 8, 9, 15, 16, 17, 47, 48, 49, 63, 64, 65, 127, 128, 129, 189, 191, 200];
             let sequences: Vec<_> = lengths.map(|before| (before, 5)).to_vec();
             let geometry = Geometry { dynamic, ..geometry(CacheLayout::Hnd, 1, block_size, &sequences) };
             let parameters = Parameters { window, lse: true, ..wide(geometry, 4, sequences) };

@@ -30,9 +30,9 @@ KernelShape decode_wide_shape(const quantkv_paged_attention &op, const Device &d
   // Where sequences and KV heads are few, the prefill kernel is as fast: each is cut into many pieces, whose rows are merged by
   // the block of the first one, and 64 rows take long.
   const int64_t pairs = op.num_seqs * cache.num_kv_heads;
-  if (!can || pairs < 8) return KernelShape{};
+  if (!can || pairs < (rows <= 32 ? 8 : 32)) return KernelShape{};
   if (rows <= 32) return has_dynamic_scales(cache) ? kDecodeWideShape<32, true> : kDecodeWideShape<32>;
-  return pairs >= device.multiprocessors ? kDecodeWideShape<64> : KernelShape{};
+  return kDecodeWideShape<64>;
 }
 
 int launch_decode_wide(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {

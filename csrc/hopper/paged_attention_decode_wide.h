@@ -21,27 +21,25 @@
 // weights are relative to are rare: a warp that meets one says so before the barrier, and after it all warps follow. So they do with
 // dynamic scales of V: weights are multiplied by them, relative to a power of two of the whole block.
 #pragma once
-#include "../ops/paged_attention_decode_merge.h"
-#include "../ops/paged_attention_prefill_rows.h"
-#include "wide_shared.h"
+#include "wide_loader.h"
+#include "wide_rows.h"
 
 namespace quantkv {
 
 #if QKV_HAS_WARPGROUP_PRODUCTS
 
-template <Format F, class Shape> struct WideDecode {
-  static constexpr int kRowTiles = Shape::kRowTiles, kSteps = Shape::kDim / 16;
+template <Format F, class Shape> struct WideDecode : WideRows<Shape> {
+  using Rows = WideRows<Shape>;
+  using Rows::kRowTiles, Rows::params, Rows::list, Rows::shared, Rows::work, Rows::o, Rows::sum, Rows::version;
+  static constexpr int kSteps = Shape::kDim / 16, kTokenSteps = Shape::kTokens / 16;
 
-  const AttentionParams &params;
-  const WorkList &list;
-  WideShared<Shape> &shared;
-  WideWork &work;
-  float o[2][kRowTiles][4]; // nothing yet, if the tile is the first of its piece
-  float sum[kRowTiles][2]; // of this lane's tokens
-  int version;             // of shared.rows and shared.v_inverse
+  using WideRows<Shape>::WideRows;
 
-  QKV_DEVICE WideDecode(const AttentionParams &params, const WorkList &list, WideShared<Shape> &shared)
-      : params(params), list(list), shared(shared), work(shared.works[warp_index()]), version(0) {}
+  // What is read for the next turn of the loop while products are under way.
+  struct Ahead {
+    WideNext next;
+    int keys; // where this lane's K lies
+  };
 
   // Queries of a piece, and what softmax needs of its rows, of which each warp has a quarter.
   QKV_DEVICE void begin(const Piece &piece) {
@@ -75,8 +73,7 @@ template <Format F, class Shape> struct WideDecode {
   }
 
   // This lane's K of the warp's tokens, as an operand.
-  QKV_DEVICE void widen_keys(uint32_t (&k)[kSteps][4]) const {
-    const int at = shared.offsets[thread_index()].keys;
+  QKV_DEVICE void widen_keys(int at, uint32_t (&k)[kSteps][4]) const {
     QKV_UNROLL
     for (int half = 0; half < 2; half++) {
       const unsigned char *from = shared.keys[0] + (at ^ 64 * half);
@@ -139,29 +136,33 @@ template <Format F, class Shape> struct WideDecode {
   static QKV_DEVICE int weights_chunk(uint32_t number) { return Shape::kWeightPanels == 1 ? static_cast<int>(number % 2) * 4 : 0; }
   QKV_DEVICE unsigned char *weights_panel(uint32_t number) const { return shared.weights[number % Shape::kWeightPanels]; }
 
-  // Weights of this lane's scores to shared memory, their sums to `sums`. `rows`: what scores are to be multiplied by, too. `scales`:
-  // V's dynamic ones of this lane's tokens. Answers the largest score, relative to what weights are.
-  QKV_DEVICE float write_weights(const float (&s)[kRowTiles][4], const float (&scales)[2], const WideRow *rows, uint32_t number,
-                                 float (&sums)[kRowTiles][2]) const {
-    const int t = thread_index() % 4, offset = shared.offsets[thread_index()].weights; // of chunk 0: others at the exclusive or with theirs
+  // What softmax needs of this lane's rows, two by two.
+  QKV_DEVICE void read_rows(int kind, Words<4> (&rows)[kRowTiles]) const {
+    const WideRow *const from = &shared.rows[version][kind][2 * (thread_index() % 4)];
+    QKV_UNROLL
+    for (int j = 0; j < kRowTiles; j++) rows[j] = *reinterpret_cast<const Words<4> *>(from + 8 * j);
+  }
+
+  // Weights of this lane's scores to shared memory, from `offset` in the panel on; their sums to `sums`. `rows`: what scores are to be
+  // multiplied by, too. `scales`: V's dynamic ones of this lane's tokens. Answers the largest sum of two weights.
+  QKV_DEVICE float write_weights(const float (&s)[kRowTiles][4], const float (&scales)[2], const Words<4> (&rows)[kRowTiles],
+                                 uint32_t number, int offset, float (&sums)[kRowTiles][2]) const {
     unsigned char *const panel = weights_panel(number);
     const float inverse = Shape::kDynamic ? shared.v_inverse[version] : 1.0f, of_token[2] = {scales[0] * inverse, scales[1] * inverse};
-    float top = negative_infinity();
+    float top = 0.0f;
     QKV_UNROLL
     for (int j = 0; j < kRowTiles; j++) {
-      const Words<4> row = *reinterpret_cast<const Words<4> *>(&rows[8 * j + 2 * t]); // and the next one
       float weight[4];
       QKV_UNROLL
       for (int i = 0; i < 4; i++) {
-        const float x = fused_multiply_add(s[j][i], float_of(row.w[i % 2 * 2]), -float_of(row.w[i % 2 * 2 + 1]));
-        top = maximum(top, x);
-        weight[i] = exp2_approx(x);
+        weight[i] = exp2_approx(fused_multiply_add(s[j][i], float_of(rows[j].w[i % 2 * 2]), -float_of(rows[j].w[i % 2 * 2 + 1])));
       }
       sums[j][0] = weight[0] + weight[2];
       sums[j][1] = weight[1] + weight[3];
+      top = maximum(top, maximum(sums[j][0], sums[j][1]));
       QKV_UNROLL
       for (int i = 0; Shape::kDynamic && i < 4; i++) weight[i] *= of_token[i / 2];
-      unsigned char *const to = panel + (offset ^ 16 * (weights_chunk(number) + j));
+      unsigned char *const to = panel + (offset ^ 16 * (weights_chunk(number) + j)); // of chunk 0 is the offset
       *reinterpret_cast<uint32_t *>(to) = pack_f16(weight[0], weight[1]);
       *reinterpret_cast<uint32_t *>(to + 8 * kPanelRow) = pack_f16(weight[2], weight[3]);
     }
@@ -234,27 +235,34 @@ template <Format F, class Shape> struct WideDecode {
     version ^= 1;
     sync_threads();
     float sums[kRowTiles][2];
-    write_weights(s, scales, shared.rows[version][kind], number, sums);
+    Words<4> rows[kRowTiles];
+    read_rows(kind, rows);
+    write_weights(s, scales, rows, number, shared.offsets[thread].weights, sums);
     if (!is_added) add_weights(sums);
     sync_threads();
   }
 
-  // o = or += V^T P^T, in the background.
-  QKV_DEVICE void start_outputs(uint32_t number, const unsigned char *values, bool adds) {
-    const unsigned char *from = values + shared.offsets[thread_index()].values;
-    const PanelMatrix weights = matrix_by_columns(weights_panel(number) + 16 * weights_chunk(number), Shape::kTokens * kPanelRow);
+  // o = or += V^T P^T, in the background. This lane's first word of V is at `from`. All words are read at once: nothing moves up past the
+  // fence of a product.
+  QKV_DEVICE void start_outputs(uint32_t number, const unsigned char *from, bool adds) {
+    uint32_t v[kTokenSteps][4];
     QKV_UNROLL
-    for (int step = 0; step < Shape::kTokens / 16; step++) {
-      uint32_t v[4], a[2][4];
+    for (int step = 0; step < kTokenSteps; step++) {
       QKV_UNROLL
       for (int i = 0; i < 4; i++) {
-        v[i] = *reinterpret_cast<const uint32_t *>(from + (16 * step + i / 2 * 8 + i % 2) * Shape::kDim);
+        v[step][i] = *reinterpret_cast<const uint32_t *>(from + (16 * step + i / 2 * 8 + i % 2) * Shape::kDim);
       }
+    }
+    const uint32_t parity = any(number % 2 != 0) ? 1 : 0; // by a vote, which makes it, and the operand's place, the warp's own
+    const PanelMatrix weights = matrix_by_columns(weights_panel(parity) + 16 * weights_chunk(parity), Shape::kTokens * kPanelRow);
+    QKV_UNROLL
+    for (int step = 0; step < kTokenSteps; step++) {
+      uint32_t a[2][4];
       QKV_UNROLL
       for (int m = 0; m < 2; m++) {
         const uint32_t selector = m == 0 ? 0x5140 : 0x7362; // two channels of a word, of two tokens
-        decode4_to_f16<F>(byte_permute(v[0], v[1], selector), a[m][0], a[m][1]);
-        decode4_to_f16<F>(byte_permute(v[2], v[3], selector), a[m][2], a[m][3]);
+        decode4_to_f16<F>(byte_permute(v[step][0], v[step][1], selector), a[m][0], a[m][1]);
+        decode4_to_f16<F>(byte_permute(v[step][2], v[step][3], selector), a[m][2], a[m][3]);
       }
       products_begin();
       QKV_UNROLL
@@ -263,167 +271,38 @@ template <Format F, class Shape> struct WideDecode {
     products_commit();
   }
 
-  // One tile, number `number` of all; its K is in `k`. Afterwards products with V are under way. Answers whether it is the piece's last.
-  QKV_DEVICE bool attend(const Piece &piece, uint32_t number, const uint32_t (&k)[kSteps][4]) {
+  QKV_DEVICE Ahead look_ahead(const WideLoader<Shape> &loader) const { return {loader.next(), shared.offsets[thread_index()].keys}; }
+
+  // One tile, number `number` of all; its K is in `k`. Answers whether it is the piece's last.
+  //
+  // Products with V are waited for here, not where the loop needs their registers: ptxas keeps what a product under way reads up to a
+  // wait that follows it, but not across the back edge of a loop. (scripts/check_products.py looks for what is lost then.)
+  QKV_DEVICE bool attend(const WideLoader<Shape> &loader, const Piece &piece, uint32_t number, const uint32_t (&k)[kSteps][4], Ahead &ahead) {
     float s[kRowTiles][4], sums[kRowTiles][2], scales[2] = {1.0f, 1.0f};
     start_scores(s, k);
     const WideTile tile = work.tiles[number % 4];
-    const bool is_plain = params.cap == 0.0f && params.op.alibi_slopes == nullptr;
-    const int kind = is_plain && (tile.flags & WideTile::kSeen) != 0 ? 0 : 1;
+    const int kind = (tile.flags & WideTile::kPlain) != 0 ? 0 : 1;
+    Words<4> rows[kRowTiles];
+    read_rows(kind, rows);
+    const int offset = shared.offsets[thread_index()].weights;
     products_wait<0>(s);
     if constexpr (Shape::kDynamic) use_scales(s, piece, tile, number, scales);
     if (kind == 1) make_scores(s, piece, tile);
-    const float top = write_weights(s, scales, shared.rows[version][kind], number, sums);
+    const float top = write_weights(s, scales, rows, number, offset, sums);
     // A warp's weights count now, unless they are so large that they may not be numbers.
-    bool is_above = any(top > kMostAbove);
+    bool is_above = any(top > kMostWeight);
     if constexpr (Shape::kDynamic) is_above |= any(maximum(scales[0], scales[1]) * shared.v_inverse[version] >= 2.0f);
     if (is_above) shared.above[number % 2] = number + 1;
     else add_weights(sums);
+    const int values = shared.offsets[thread_index()].values;
     copy_async_wait<2>(); // V of this tile
     sync_threads();
     if (shared.above[number % 2] == number + 1) follow_scores(s, scales, kind, number, !is_above);
-    start_outputs(number, shared.values[number % Shape::kValueSlots], (tile.flags & WideTile::kFirst) == 0);
+    start_outputs(number, shared.values[number % Shape::kValueSlots] + values, (tile.flags & WideTile::kFirst) == 0);
+    ahead = look_ahead(loader);
+    products_wait<0>(o[0]);
+    products_wait<0>(o[1]);
     return (tile.flags & WideTile::kLast) != 0;
-  }
-
-  // Sums of all lanes and warps; a thread a row has its state then.
-  QKV_DEVICE void share_sums() {
-    const int thread = reread_thread_index(), lane = thread % kWarp, g = lane / 4, t = lane % 4;
-    QKV_UNROLL
-    for (int j = 0; j < kRowTiles; j++) {
-      QKV_UNROLL
-      for (int i = 0; i < 2; i++) {
-        float all = sum[j][i];
-        QKV_UNROLL
-        for (int mask = 4; mask < kWarp; mask *= 2) all += shuffle_xor(all, mask);
-        if (g == 0) shared.of_warps[thread / kWarp][8 * j + 2 * t + i] = all;
-      }
-    }
-    sync_threads();
-  }
-
-  // This lane's channels of row 8j + 2t + i.
-  QKV_DEVICE void take(int j, int i, float (&x)[4]) const {
-    const float unit = Shape::kDynamic ? inverse_of(shared.v_inverse[version]) : 1.0f;
-    QKV_UNROLL
-    for (int c = 0; c < 4; c++) x[c] = o[c / 2][j][c % 2 * 2 + i] * unit;
-  }
-
-  // Leaves the rows of a piece that others' are to be merged with, or a run of pieces, where K and V were: it is its worker's last, so that
-  // no copies are under way. `max`, `all`: a thread a row's state.
-  QKV_DEVICE void lay_out(const Piece &piece, float max, float all) {
-    const int thread = reread_thread_index(), lane = thread % kWarp, t = lane % 4, run = 8 * (thread / kWarp) + lane / 4;
-    float *const rows = reinterpret_cast<float *>(shared.values[0]);
-    static_assert(Shape::kRows * Shape::kDim * 4 <= sizeof(shared.values) + sizeof(shared.keys), "they follow each other");
-    if (thread < piece.rows()) {
-      shared.of_warps[0][thread] = max;
-      shared.of_warps[1][thread] = all;
-    }
-    QKV_UNROLL
-    for (int j = 0; j < kRowTiles; j++) {
-      QKV_UNROLL
-      for (int i = 0; i < 2; i++) {
-        float x[4];
-        take(j, i, x);
-        const Words<4> words = {{bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])}};
-        *reinterpret_cast<Words<4> *>(rows + (8 * j + 2 * t + i) * Shape::kDim + 4 * run) = words;
-      }
-    }
-  }
-
-  // Then merges them, a warp two rows at a time.
-  QKV_DEVICE void merge(const Piece &piece) const {
-    sync_threads();
-    const int thread = reread_thread_index(), lane = thread % kWarp;
-    const float *rows = reinterpret_cast<const float *>(shared.values[0]);
-    const int32_t worker = work.place.worker;
-    const MergeRole role(list, worker, piece.merge, list.merges[larger_of(piece.merge, 0)].num_pieces, Shape::kMostPieces);
-    const quantkv_scale &scales = params.op.cache.v.scale;
-    const float v_scale = static_scale(scales, piece.kv_head, 0);
-    constexpr int kRowsAtOnce = 2, kPiecesAtOnce = 3;
-    QKV_NO_UNROLL
-    for (int base = thread / kWarp; base < piece.rows(); base += kRowsAtOnce * Shape::kWarps) {
-      MergeState states[kRowsAtOnce];
-      int32_t row[kRowsAtOnce];
-      QKV_UNROLL
-      for (int i = 0; i < kRowsAtOnce; i++) {
-        row[i] = base + i * Shape::kWarps < piece.rows() ? base + i * Shape::kWarps : base; // the same twice, if there is one only
-        const Words<4> words = *reinterpret_cast<const Words<4> *>(rows + row[i] * Shape::kDim + 4 * lane);
-        states[i] = {shared.of_warps[0][row[i]], shared.of_warps[1][row[i]], {}};
-        QKV_UNROLL
-        for (int j = 0; j < 4; j++) states[i].acc[j] = float_of(words.w[j]);
-      }
-      if (!merge_rows<kPiecesAtOnce>(states, list, worker, role, row, lane, true, true)) {
-        return set_fault(params.paging.faults, QUANTKV_FAULT_PLAN); // and writes nothing
-      }
-      QKV_UNROLL
-      for (int i = 0; i < kRowsAtOnce; i++) {
-        const RowEnd end = {params, list, piece, worker, row[i], 4 * lane, true, true};
-        if (role.is_first) end.to_output(states[i], scales.channel_stride != 0, v_scale);
-        else end.to_slot(states[i]);
-      }
-    }
-  }
-
-  // Rows of the piece, or its partial state. Or what merge() needs: then it answers true.
-  QKV_DEVICE bool finish(const Piece &piece) {
-    const int row = reread_thread_index(), lane = row % kWarp, t = lane % 4, run = 8 * (row / kWarp) + lane / 4;
-    const bool is_whole = piece.slot < 0;
-    share_sums();
-    float max = negative_infinity(), all = 0.0f; // of the row
-    if (row < piece.rows()) {
-      const float reference = shared.rows[version][0][row].reference;
-      max = reference == kUnseen ? negative_infinity() : reference;
-      QKV_UNROLL
-      for (int warp = 0; warp < Shape::kWarps; warp++) all += shared.of_warps[warp][row];
-    }
-    const int32_t worker = work.place.worker;
-    if (!is_whole) {
-      const MergeRole role(list, worker, piece.merge, list.merges[larger_of(piece.merge, 0)].num_pieces, Shape::kMostPieces);
-      if (!role.is_sound) {
-        set_fault(params.paging.faults, QUANTKV_FAULT_PLAN);
-        return false; // and writes nothing
-      }
-      if (role.members + role.runs > 0) {
-        lay_out(piece, max, all);
-        return true;
-      }
-      if (row < piece.rows()) store_relaxed(slot_state(list, worker, row), Words<2>{{state_word(max), state_word(all)}});
-    } else {
-      if (row < piece.rows()) {
-        const int query = piece.query_of(row), token = piece.first_token + query, head = piece.first_head + row - query * piece.num_heads;
-        const SoftmaxEnd end = end_of_row(params, head, max, all);
-        store_lse(params, token, head, end.lse);
-        shared.end_factor[row] = end.factor;
-        shared.token[row] = token;
-        shared.head[row] = head;
-      }
-      sync_threads();
-    }
-    const quantkv_scale &scales = params.op.cache.v.scale;
-    const float one_scale = static_scale(scales, piece.kv_head, 0);
-    QKV_UNROLL
-    for (int j = 0; j < kRowTiles; j++) {
-      QKV_UNROLL
-      for (int i = 0; i < 2; i++) {
-        const int row = 8 * j + 2 * t + i;
-        if (row >= piece.rows()) continue;
-        float x[4];
-        take(j, i, x);
-        if (is_whole) {
-          const SoftmaxEnd end = {shared.end_factor[row], 0.0f};
-          QKV_UNROLL
-          for (int c = 0; c < 4; c++) {
-            const float scale = scales.channel_stride == 0 ? one_scale : static_scale(scales, piece.kv_head, 4 * run + c);
-            x[c] = softmax_result(x[c], end) * scale;
-          }
-          store_activation_x4(params.op, row_index(params.op.output, shared.token[row], shared.head[row]) + 4 * run, x);
-        } else {
-          store_relaxed(slot_values(list, worker, row) + run, Words<4>{{state_word(x[0]), state_word(x[1]), state_word(x[2]), state_word(x[3])}});
-        }
-      }
-    }
-    return false;
   }
 
   QKV_DEVICE void run() {
@@ -445,28 +324,25 @@ template <Format F, class Shape> struct WideDecode {
     uint32_t k[kSteps][4];
     int32_t at = -1;
     bool is_last = true;
+    Ahead ahead = look_ahead(loader);
     for (int32_t number = -1;; number++) {
       if (is_last) {
-        products_wait<0>(o[0]);
-        products_wait<0>(o[1]);
-        if (at >= 0 && finish(work.pieces[at % kWidePieces])) break;
+        if (at >= 0 && Rows::finish(work.pieces[at % kWidePieces])) break;
         if (++at == work.known) return;
       }
       if (number >= 0) {
         copy_async_wait<1>(); // K of this tile: V of it may be under way
         sync_warp();
-        widen_keys(k);
+        widen_keys(ahead.keys, k);
         sync_warp();
       }
-      products_wait<0>(o[0]);
-      products_wait<0>(o[1]);
-      loader.load();
+      loader.load(ahead.next);
       if (is_last) begin(work.pieces[at % kWidePieces]);
       is_last = false;
-      if (number < 0) continue;
-      is_last = attend(work.pieces[at % kWidePieces], static_cast<uint32_t>(number), k);
+      if (number < 0) ahead = look_ahead(loader);
+      else is_last = attend(loader, work.pieces[at % kWidePieces], static_cast<uint32_t>(number), k, ahead);
     }
-    merge(work.pieces[at % kWidePieces]);
+    Rows::merge(work.pieces[at % kWidePieces]);
   }
 };
 

@@ -49,7 +49,7 @@ int launch_decode(const AttentionParams &params, const WorkList &list, const Dev
 // instructions a warp that seldom run, and are cold.
 constexpr int32_t kDecodeWideTile = 64;
 template <int Rows, bool Dynamic> constexpr int32_t kDecodeWideBlocks = Rows > 32 ? 2 : Dynamic ? 3 : 4; // of a multiprocessor
-template <int Rows> constexpr int32_t kDecodeWidePieceCost = Rows == 32 ? 10 : 12;
+template <int Rows> constexpr int32_t kDecodeWidePieceCost = Rows == 32 ? 6 : 8;
 template <int Rows, bool Dynamic = false>
 constexpr KernelShape kDecodeWideShape = {kDecodeWideTile, Rows, kDecodeWideBlocks<Rows, Dynamic>, 2, kDecodeWidePieceCost<Rows>};
 KernelShape decode_wide_shape(const quantkv_paged_attention &op, const Device &device, int64_t rows);
