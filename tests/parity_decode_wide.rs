@@ -1,5 +1,5 @@
-//! `paged_attention` of 17 to 64 query rows a KV head over an FP8 cache of 128 channels against f64: on sm_90 a kernel of
-//! its own, if there are 8 (sequence, KV head) pairs or more, and for more than 32 rows as many as multiprocessors. What no query
+//! `paged_attention` of 9 to 64 query rows a KV head over an FP8 cache of 128 channels against f64: on sm_90 a kernel of
+//! its own, if there are 8 (sequence, KV head) pairs or more, for more than 32 rows 32, for 16 and fewer 64. What no query
 //! may see is NaN, as in parity_attention. Dynamic scales are other instantiations of the same kernel. Where that kernel cannot
 //! be, one of these tests runs: calls like the others' are parity_attention's too.
 
@@ -54,6 +54,21 @@ fn every_number_of_rows() {
             let geometry = Geometry { dynamic, ..geometry(layout, 2, 16, &sequences) };
             check_on(attention_devices(), &build(&wide(geometry, group, sequences)), (group, new, layout, dynamic));
         }
+    }
+}
+
+/// 9 to 16 rows of 64 (sequence, KV head) pairs: whole and cut, long and short, at windows and under ALiBi.
+#[test]
+fn sixteen_rows_and_fewer() {
+    let lengths = [0, 1, 15, 16, 17, 62, 63, 64, 65, 127, 128, 190, 300, 517, 33, 90];
+    for (i, (group, new)) in [(8, 2), (16, 1), (3, 4), (9, 1), (5, 3)].into_iter().enumerate() {
+        let sequences: Vec<_> = lengths.map(|before| (before, new)).to_vec();
+        let layout = if i == 1 { CacheLayout::Nhd } else { CacheLayout::Hnd };
+        let geometry = geometry(layout, 4, 8 << (i % 3), &sequences);
+        let (window, alibi) = (if i == 2 { Some(70) } else { None }, i == 3);
+        let soft_cap = if i == 4 { Some(20.0) } else { None };
+        let parameters = Parameters { window, alibi, soft_cap, lse: true, ..wide(geometry, group, sequences) };
+        check_all(&build(&parameters), (group, new, layout, window));
     }
 }
 

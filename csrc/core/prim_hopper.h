@@ -9,7 +9,7 @@
 // 16-byte chunk c of row r lies at c ^ (r % 8), so that the same chunk of eight rows meets all banks.
 //   by rows      A and B^T lie in panels with k along the row: 16 of k are 32 bytes of each row. A step in k of 16 is
 //                32 bytes on, and after 64 the next panel begins.
-//   by columns   B lies in panels with n along the row; 64 of n a panel, of which 32 may be the second half. A step in k of 16 is 16 rows on.
+//   by columns   B lies in panels with n along the row; 64 of n a panel, of which 16 or 32 may be a quarter or half. A step in k of 16 is 16 rows on.
 #pragma once
 #include "prim.h"
 
@@ -71,11 +71,13 @@ QKV_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligne
 
 // Sums [tiles][4] as operands of an instruction, by how many they are, and their names.
 #define QKV_SUMS_4(c, j) "+f"(c[j][0]), "+f"(c[j][1]), "+f"(c[j][2]), "+f"(c[j][3])
-#define QKV_SUMS_16(c, j) QKV_SUMS_4(c, j), QKV_SUMS_4(c, j + 1), QKV_SUMS_4(c, j + 2), QKV_SUMS_4(c, j + 3)
+#define QKV_SUMS_8(c, j) QKV_SUMS_4(c, j), QKV_SUMS_4(c, j + 1)
+#define QKV_SUMS_16(c, j) QKV_SUMS_8(c, j), QKV_SUMS_8(c, j + 2)
 #define QKV_SUMS_32(c, j) QKV_SUMS_16(c, j), QKV_SUMS_16(c, j + 4)
 #define QKV_SUMS_64(c, j) QKV_SUMS_32(c, j), QKV_SUMS_32(c, j + 8)
 #define QKV_SUMS_128(c, j) QKV_SUMS_64(c, j), QKV_SUMS_64(c, j + 16)
-#define QKV_NAMES_16 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15"
+#define QKV_NAMES_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define QKV_NAMES_16 QKV_NAMES_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
 #define QKV_NAMES_32                                                                                                   \
   QKV_NAMES_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define QKV_NAMES_64                                                                                                   \
@@ -87,6 +89,7 @@ QKV_DEVICE void products_commit() { asm volatile("wgmma.commit_group.sync.aligne
   template <int N> QKV_DEVICE void products_wait(float (&sums)[tiles][4]) {                                            \
     asm volatile("wgmma.wait_group.sync.aligned %" #floats ";" : QKV_SUMS_##floats(sums, 0) : "n"(N) : "memory");      \
   }
+QKV_PRODUCTS_WAIT(2, 8)
 QKV_PRODUCTS_WAIT(4, 16)
 QKV_PRODUCTS_WAIT(8, 32)
 QKV_PRODUCTS_WAIT(16, 64)
@@ -136,6 +139,7 @@ QKV_PRODUCTS_BY_COLUMNS(bf16, 128, 16, 64, "%64,%65,%66,%67", "%68")
 #define QKV_PRODUCTS_BOTH_WAYS(...)                                                                                    \
   QKV_PRODUCTS_OF_REGISTERS(rows, 0, __VA_ARGS__)                                                                      \
   QKV_PRODUCTS_OF_REGISTERS(columns, 1, __VA_ARGS__)
+QKV_PRODUCTS_BOTH_WAYS(16, 2, 8, "%8,%9,%10,%11", "%12", "%13")
 QKV_PRODUCTS_BOTH_WAYS(32, 4, 16, "%16,%17,%18,%19", "%20", "%21")
 QKV_PRODUCTS_BOTH_WAYS(64, 8, 32, "%32,%33,%34,%35", "%36", "%37")
 #undef QKV_PRODUCTS_BOTH_WAYS

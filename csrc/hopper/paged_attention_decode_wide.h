@@ -1,4 +1,4 @@
-// paged_attention for 17 to 64 query rows a KV head (speculative decode, wide groups) over an FP8 cache, on sm_90a: products of
+// paged_attention for 9 to 64 query rows a KV head (speculative decode, wide groups) over an FP8 cache, on sm_90a: products of
 // a warpgroup (wgmma).
 //
 // The limit is reading K and V once, as for the decode kernel of fewer rows (ops/paged_attention_decode.h), and products are

@@ -9,7 +9,7 @@ namespace quantkv {
 // Format F of K and V; query rows a block holds; dynamic scales. In DecodeTiles' terms a warp has a part of 16 tokens in each tile of 64.
 template <Format F, int Rows, bool Dynamic> struct WideShape {
   static_assert(is_quantized(F), "codes are widened on their way to the product");
-  static_assert(Rows == 32 || Rows == 64, "n of the products");
+  static_assert(Rows == 16 || Rows == 32 || Rows == 64, "n of the products");
   static constexpr int kRows = Rows, kRowTiles = Rows / 8;
   static constexpr int kDim = 128, kElement = 1, kWarps = 4, kThreads = kWarps * kWarp;
   static constexpr bool kPacked = false; // rows

@@ -119,6 +119,11 @@ Dispatch dispatch_of(const quantkv_paged_attention &op, const Device &device) {
   const int64_t mean = ceil_div(op.num_tokens, op.num_seqs) * params.group_size;
   if (op.kernel != QUANTKV_ATTENTION_PORTABLE) {
     decode = decode_shape(op, device, decode_rows(params));
+    const KernelShape wide = decode_wide_shape(op, device, longest);
+    if (wide.max_rows > 0 && longest <= kDecodeRows) {
+      add(dispatch, Kernel::DecodeWide, list_of(params, wide, device));
+      return dispatch;
+    }
     const bool is_decode = op.num_tokens <= op.num_seqs || params.max_query_len <= decode.max_rows / params.group_size;
     if (prefill_can_load(op) && !(is_decode && decode.max_rows >= params.group_size)) {
       prefill = prefill_shape(op.cache, op.activation, device);
@@ -127,7 +132,6 @@ Dispatch dispatch_of(const quantkv_paged_attention &op, const Device &device) {
         prefill = hopper;
         prefill_kernel = Kernel::PrefillHopper;
       }
-      const KernelShape wide = decode_wide_shape(op, device, longest);
       if (wide.max_rows > 0) {
         prefill = wide;
         prefill_kernel = Kernel::DecodeWide;

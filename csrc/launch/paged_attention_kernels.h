@@ -45,11 +45,11 @@ bool decode_can_load(const quantkv_paged_attention &op);
 // Enqueues the kernel. The call has a configuration, and list.rows is at most its max_rows.
 int launch_decode(const AttentionParams &params, const WorkList &list, const Device &device, void *stream);
 
-// The same of 17 to 64 rows, for devices of compute capability 9.0. `rows`: of the longest sequence. A piece costs much: some 3000
+// The same of 9 to 64 rows, for devices of compute capability 9.0. `rows`: of the longest sequence. A piece costs much: some 3000
 // instructions a warp that seldom run, and are cold.
 constexpr int32_t kDecodeWideTile = 64;
 template <int Rows, bool Dynamic> constexpr int32_t kDecodeWideBlocks = Rows > 32 ? 2 : Dynamic ? 3 : 4; // of a multiprocessor
-template <int Rows> constexpr int32_t kDecodeWidePieceCost = Rows == 32 ? 6 : 8;
+template <int Rows> constexpr int32_t kDecodeWidePieceCost = Rows > 32 ? 8 : 6;
 template <int Rows, bool Dynamic = false>
 constexpr KernelShape kDecodeWideShape = {kDecodeWideTile, Rows, kDecodeWideBlocks<Rows, Dynamic>, 2, kDecodeWidePieceCost<Rows>};
 KernelShape decode_wide_shape(const quantkv_paged_attention &op, const Device &device, int64_t rows);

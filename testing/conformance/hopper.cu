@@ -292,8 +292,11 @@ void test_hopper(Report &report, uint64_t) {
     products<false, 64, 0, true>(report, "multiply_columns [64], replacing", Kind::Columns, integers);
     products<false, 32, 0, true>(report, "multiply_columns [32], replacing", Kind::Columns, integers);
     products<false, 32, 32, true>(report, "multiply_columns [32], from 32", Kind::Columns, integers);
+    products<false, 16, 0, true>(report, "multiply_columns [16], replacing", Kind::Columns, integers);
+    products<false, 16, 32, true>(report, "multiply_columns [16], from 32", Kind::Columns, integers);
     products<false, 64>(report, "multiply_rows [64], A in registers", Kind::RegisterRows, integers);
     products<false, 32>(report, "multiply_rows [32], A in registers", Kind::RegisterRows, integers);
+    products<false, 16>(report, "multiply_rows [16], A in registers", Kind::RegisterRows, integers);
   }
   test_ring(report);
 }
