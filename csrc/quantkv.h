@@ -267,8 +267,8 @@ typedef struct quantkv_paged_attention {
   int32_t kernel;               /* quantkv_attention_kernel */
   int64_t max_query_len;        /* the most queries of any sequence, or 0: not known. A sequence with more is skipped,
                                    with QUANTKV_FAULT_QUERY_START. It chooses the kernels, by the query rows a KV
-                                   head, max_query_len * num_heads / num_kv_heads: up to 16 are the decode kernel's
-                                   alone, where else one more is launched for sequences with many queries; 17 to 64
+                                   head, max_query_len * num_heads / num_kv_heads: up to 16 are a decode kernel's
+                                   alone, where else one more is launched for sequences with many queries; 9 to 64
                                    have one of their own on sm_90 (FP8, head dim 128), which is only taken where no
                                    sequence can have more; beyond these the prefill kernel's */
 } quantkv_paged_attention;

@@ -83,7 +83,7 @@ if [ $mode = command ]; then exec "$@"; fi
 # Random shapes are small and take most paths; what is left out is large: no other kernels, many more instructions.
 tests=(parity_cache_write parity_convert parity_copies parity_attention parity_prefill decoder_ops cache block_copies hostile_data)
 left_out=(large_writes large_conversions large_moves every_16_bit_pattern vllm_swap_256 vllm_prefill vllm_decode
-    poison_follows long_sequences results_do_not_depend every_length_around every_head_dim every_feature)
+    poison_follows long_sequences results_do_not_depend every_length_around every_head_dim every_feature prefill_over_dynamic)
 export QUANTKV_TEST_DEVICES=rocm PROPTEST_CASES=${PROPTEST_CASES:-50} PROPTEST_RNG_SEED=${PROPTEST_RNG_SEED:-81}
 
 cargo_tests=()

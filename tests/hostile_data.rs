@@ -176,7 +176,7 @@ proptest! {
         check_tables(&HostileTables { geometry, dtype, group, seqs, num_tokens, table_stride, window, longest, seed })?;
     }
 
-    /// The same for the kernel that takes 17 to 64 query rows a KV head.
+    /// The same for the kernel that takes 9 to 64 query rows a KV head.
     #[test]
     fn attention_tables_of_many_rows(
         layout in prop::sample::select(vec![CacheLayout::Hnd, CacheLayout::Nhd]), blocks in (prop::sample::select(vec![8usize, 16, 32]), 1usize..=6),

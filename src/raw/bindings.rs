@@ -519,7 +519,7 @@ pub struct quantkv_paged_attention {
     pub plan_is_ready: i32,
     #[doc = "quantkv_attention_kernel"]
     pub kernel: i32,
-    #[doc = "the most queries of any sequence, or 0: not known. A sequence with more is skipped,\nwith QUANTKV_FAULT_QUERY_START. It chooses the kernels, by the query rows a KV\nhead, max_query_len * num_heads / num_kv_heads: up to 16 are the decode kernel's\nalone, where else one more is launched for sequences with many queries; 17 to 64\nhave one of their own on sm_90 (FP8, head dim 128), which is only taken where no\nsequence can have more; beyond these the prefill kernel's"]
+    #[doc = "the most queries of any sequence, or 0: not known. A sequence with more is skipped,\nwith QUANTKV_FAULT_QUERY_START. It chooses the kernels, by the query rows a KV\nhead, max_query_len * num_heads / num_kv_heads: up to 16 are a decode kernel's\nalone, where else one more is launched for sequences with many queries; 9 to 64\nhave one of their own on sm_90 (FP8, head dim 128), which is only taken where no\nsequence can have more; beyond these the prefill kernel's"]
     pub max_query_len: i64,
 }
 #[allow(clippy::unnecessary_operation, clippy::identity_op)]
