@@ -297,18 +297,31 @@ fn raw_addresses_and_interleaved_halves() {
     }
 }
 
-/// A cache of random contents goes to the host and back through memory locked and not.
+/// A cache of random contents goes to the host and back through memory locked and not: blocks of 1920 and of 32 Ki bytes, more than
+/// a kernel's list has; of 104, which are no vectors; of 256 Ki, which copy engines take.
 #[test]
 fn pools_of_every_kind_hold_blocks() {
+    for ((heads, dim), (block_size, blocks)) in
+        [((3, 40), (16, 9)), ((8, 128), (32, 95)), ((1, 13), (8, 63)), ((16, 128), (128, 5))]
+    {
+        let plain = Geometry::plain(CacheLayout::Nhd, (heads, dim), (block_size, blocks), KvFormat::Fp8E5M2);
+        pools_hold_blocks(&Geometry { dynamic: true, ..plain });
+    }
+}
+
+fn pools_hold_blocks(geometry: &Geometry) {
     let cuda = cuda_or_skip!();
-    let geometry = Geometry { dynamic: true, ..Geometry::plain(CacheLayout::Nhd, (3, 40), (16, 9), KvFormat::Fp8E5M2) };
-    let layer = strategy::any_layer(&geometry, &mut Rng::new(6));
+    let layer = strategy::any_layer(geometry, &mut Rng::new(6));
     let spec = geometry.shape().spec;
-    let mut cache = PagedKvCache::new(cuda.clone(), spec, 9, &[LayerScales::one()]).unwrap();
-    let there: Vec<_> = (0..9).map(|block| BlockPair::new((block * 4) % 9, block)).collect();
+    let count = geometry.num_blocks as u32;
+    let mut cache = PagedKvCache::new(cuda.clone(), spec, count as usize, &[LayerScales::one()]).unwrap();
+    let there: Vec<_> = (0..count).map(|block| BlockPair::new((block * 4) % count, block)).collect();
     let back: Vec<_> = there.iter().map(|pair| BlockPair::new(pair.dst, pair.src)).collect();
     for page_locked in [true, false] {
-        let pool = || if page_locked { cache.host_pool(9) } else { HostPool::new(spec, 1, 9) };
+        let pool = || match page_locked {
+            true => cache.host_pool(count as usize),
+            false => HostPool::new(spec, 1, count as usize),
+        };
         let (mut first, mut second) = (pool().unwrap(), pool().unwrap());
         let target = first.layer_mut(0).unwrap();
         target.k.copy_from_slice(&layer.k);

@@ -6,7 +6,7 @@
 //! host                                                      └─ returns
 //! ```
 //! The host's slices are borrowed for the call alone, so the host waits for the copies; work that
-//! other threads enqueue meanwhile runs beside them.
+//! other threads enqueue meanwhile runs beside them. Copies are a kernel's, or the copy engines': csrc/launch/swap_blocks.h.
 
 use super::CudaBackend;
 use super::driver::{self, error};

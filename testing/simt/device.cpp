@@ -38,6 +38,14 @@ int current_device(Device &device) {
   return QUANTKV_OK;
 }
 
+Memory memory_of(const void *address, int) {
+  unsigned type = 0;
+  constexpr int kMemoryType = 2; // CU_POINTER_ATTRIBUTE_MEMORY_TYPE
+  auto *ask = mock<int(void *, int, uintptr_t)>("cuPointerGetAttribute");
+  if (ask == nullptr || ask(&type, kMemoryType, reinterpret_cast<uintptr_t>(address)) != 0) return Memory::Other;
+  return type == 1 ? Memory::Host : Memory::Device;
+}
+
 int copy_memory(void *dst, const void *src, size_t bytes, void *stream) {
   if (auto *copy = mock<int(uintptr_t, uintptr_t, size_t, void *)>("cuMemcpyAsync")) {
     return status_of_driver(copy(reinterpret_cast<uintptr_t>(dst), reinterpret_cast<uintptr_t>(src), bytes, stream));

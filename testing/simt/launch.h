@@ -18,6 +18,9 @@ struct Device {
 };
 int current_device(Device &device);
 
+// Nothing is known of memory without the mock driver.
+inline int device_number() { return 0; }
+Memory memory_of(const void *address, int device);
 int copy_memory(void *dst, const void *src, size_t bytes, void *stream);
 // QUANTKV_SIMT_NO_BATCH in the environment: the driver is too old for it.
 int copy_memory_batch(void *const *dst, const void *const *src, const size_t *bytes, size_t count, void *stream);
