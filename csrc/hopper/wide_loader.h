@@ -155,7 +155,7 @@ template <class Shape> struct WideLoader {
 
   QKV_DEVICE WideNext next() const {
     const Words<4> words = *reinterpret_cast<const Words<4> *>(&work.cursor);
-    return {words, work.blocks[words.w[2]]};
+    return {words, work.blocks[words.w[2] % kWarp]}; // beyond the batch any one: the tile is not ordinary then
   }
 
   // Asks for K of the next tile, then for V, a group of copies each; both empty if there are no more tiles.

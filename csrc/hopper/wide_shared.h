@@ -70,7 +70,7 @@ struct WideWork {
   int32_t known;              // pieces found until now
   // Of a lane: the blocks of the batch of tiles being loaded, and of the next one; the table's entry for the first batch of the next piece;
   // where its first rows of K and of V lie in a block.
-  int32_t blocks[kWarp], next_blocks[kWarp], entries[kWarp]; // (what follows blocks is read, too, and not used)
+  int32_t blocks[kWarp], next_blocks[kWarp], entries[kWarp];
   Words<2> rows[kWarp];
 
   // Looks for one more piece. All lanes; the first one steps.
