@@ -166,14 +166,16 @@ QUANTKV_API int quantkv_cuda_copy_blocks(const quantkv_copy_blocks *op, quantkv_
 
 /* ---- swap_blocks: move blocks between device and host pools ------------------------------------------- */
 
-/* One copy: `bytes` from `src` to `dst`, either in device or in (best page-locked) host memory. */
+/* One copy: `bytes` from `src` to `dst`, either in device or in (best page-locked) host memory, which is page-locked
+ * from end to end or not at all. */
 typedef struct quantkv_memory_copy {
   void *dst;
   const void *src;
   int64_t bytes;
 } quantkv_memory_copy;
 
-/* Enqueues the copies, in one batched call where the driver has it (12.8 and newer), else one by one.
+/* Enqueues the copies, in no order among themselves: small ones between this device and page-locked memory, in
+ * vectors of 16 bytes, by a kernel; the others by copy engines, in batches where the driver has them (12.8 and newer).
  * `copies` is read on the host before the call returns. Not to be used inside a graph capture if host
  * memory is pageable. */
 QUANTKV_API int quantkv_cuda_swap_blocks(const quantkv_memory_copy *copies, size_t num_copies, quantkv_stream stream);

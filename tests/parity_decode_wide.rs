@@ -69,6 +69,10 @@ fn sixteen_rows_and_fewer() {
         let soft_cap = if i == 4 { Some(20.0) } else { None };
         let parameters = Parameters { window, alibi, soft_cap, lse: true, ..wide(geometry, group, sequences) };
         check_all(&build(&parameters), (group, new, layout, window));
+        // Rows of queries, or of outputs, that are no vectors of 16 bytes: another kernel's.
+        for padding in [((0, 3, 0), (0, 0, 0)), ((0, 0, 0), (5, 0, 0))] {
+            check_all(&build(&Parameters { padding, ..parameters.clone() }), (group, new, padding));
+        }
     }
 }
 

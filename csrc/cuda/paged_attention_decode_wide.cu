@@ -29,7 +29,7 @@ KernelShape decode_wide_shape(const quantkv_paged_attention &op, const Device &d
   const quantkv_cache &cache = op.cache;
   const Format format = format_of(cache.k);
   const bool can = kHasHopperKernels && device.compute_capability == 90 && rows <= 64 &&
-                   (format == Format::E4M3 || format == Format::E5M2) && cache.k.head_dim == 128 && decode_can_load(op);
+                   (format == Format::E4M3 || format == Format::E5M2) && cache.k.head_dim == 128 && decode_can_load(op) && prefill_can_load(op);
   if (!can || rows <= 8) return KernelShape{};
   // Where sequences and KV heads are few, the prefill kernel, or of 16 rows the other decode kernel, is as fast: each is cut into many
   // pieces, whose rows are merged by the block of the first one.

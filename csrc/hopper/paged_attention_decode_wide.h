@@ -349,7 +349,7 @@ template <Format F, class Shape> struct WideDecode : WideRows<Shape> {
 #endif // QKV_HAS_WARPGROUP_PRODUCTS
 
 // Grid: one block a worker of the list. Shared: WideShared. Asks for: K and V of format F, 128 channels, rows contiguous and
-// aligned to 16 bytes; 16-bit activations; rows of the list <= Rows.
+// aligned to 16 bytes, as queries and outputs are; 16-bit activations; rows of the list <= Rows.
 template <Format F, int Rows, bool Dynamic>
 QKV_KERNEL void QKV_LAUNCH_BOUNDS((WideShape<F, Rows, Dynamic>::kThreads), (WideShape<F, Rows, Dynamic>::kBlocks))
     paged_attention_decode_wide(QKV_GRID_CONSTANT const AttentionParams params, QKV_GRID_CONSTANT const WorkList list) {

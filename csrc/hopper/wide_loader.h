@@ -153,6 +153,7 @@ template <class Shape> struct WideLoader {
     sync_warp();
   }
 
+  // For load(), and read before it where there is something to wait for.
   QKV_DEVICE WideNext next() const {
     const Words<4> words = *reinterpret_cast<const Words<4> *>(&work.cursor);
     return {words, work.blocks[words.w[2] % kWarp]}; // beyond the batch any one: the tile is not ordinary then

@@ -157,7 +157,6 @@ template <class Shape> struct WideRows {
 
   // To the call's output, by shared.ends. Written for few instructions: a piece runs them once, and cold.
   QKV_DEVICE void store_outputs(const Piece &piece) const {
-    const quantkv_rows &output = params.op.output;
     const int channel = first_channel(reread_thread_index());
     float scales[4];
     QKV_UNROLL
@@ -170,14 +169,11 @@ template <class Shape> struct WideRows {
         use(end.at + channel, x);
       });
     };
-    uint16_t *const data = static_cast<uint16_t *>(output.data);
-    const bool is_aligned = (reinterpret_cast<uintptr_t>(data) % 8 | static_cast<uint64_t>(output.token_stride | output.head_stride) % 4) == 0;
+    uint16_t *const data = static_cast<uint16_t *>(params.op.output.data);
     const auto store_packed = [&](auto pack) {
       each_result([&](int64_t at, const float(&x)[4]) { *reinterpret_cast<Words<2> *>(data + at) = Words<2>{{pack(x[0], x[1]), pack(x[2], x[3])}}; });
     };
-    if (!is_aligned) {
-      each_result([&](int64_t at, const float(&x)[4]) { store_activation_x4(params.op, at, x); });
-    } else if (params.op.activation == QUANTKV_F16) {
+    if (params.op.activation == QUANTKV_F16) {
       store_packed([](float low, float high) { return pack_f16(low, high); });
     } else {
       store_packed([](float low, float high) { return pack_bf16(low, high); });

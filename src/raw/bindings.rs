@@ -294,7 +294,7 @@ impl Default for quantkv_copy_blocks {
         }
     }
 }
-#[doc = "One copy: `bytes` from `src` to `dst`, either in device or in (best page-locked) host memory."]
+#[doc = "One copy: `bytes` from `src` to `dst`, either in device or in (best page-locked) host memory, which is page-locked\n from end to end or not at all."]
 #[repr(C)]
 #[derive(Debug, Copy, Clone)]
 pub struct quantkv_memory_copy {
@@ -644,7 +644,7 @@ unsafe extern "C" {
     pub fn quantkv_cuda_status_string(status: ::core::ffi::c_int) -> *const ::core::ffi::c_char;
     pub fn quantkv_cuda_cache_write(op: *const quantkv_cache_write, stream: quantkv_stream) -> ::core::ffi::c_int;
     pub fn quantkv_cuda_copy_blocks(op: *const quantkv_copy_blocks, stream: quantkv_stream) -> ::core::ffi::c_int;
-    #[doc = "Enqueues the copies, in one batched call where the driver has it (12.8 and newer), else one by one.\n `copies` is read on the host before the call returns. Not to be used inside a graph capture if host\n memory is pageable."]
+    #[doc = "Enqueues the copies, in no order among themselves: small ones between this device and page-locked memory, in\n vectors of 16 bytes, by a kernel; the others by copy engines, in batches where the driver has them (12.8 and newer).\n `copies` is read on the host before the call returns. Not to be used inside a graph capture if host\n memory is pageable."]
     pub fn quantkv_cuda_swap_blocks(
         copies: *const quantkv_memory_copy,
         num_copies: usize,
