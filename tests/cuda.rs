@@ -301,36 +301,47 @@ fn raw_addresses_and_interleaved_halves() {
 /// a kernel's list has; of 104, which are no vectors; of 256 Ki, which copy engines take.
 #[test]
 fn pools_of_every_kind_hold_blocks() {
-    for ((heads, dim), (block_size, blocks)) in
-        [((3, 40), (16, 9)), ((8, 128), (32, 95)), ((1, 13), (8, 63)), ((16, 128), (128, 5))]
-    {
+    // 40 layers are more allocations than swap_blocks remembers.
+    for ((heads, dim), (block_size, blocks), layers) in [
+        ((3, 40), (16, 9), 1),
+        ((8, 128), (32, 95), 1),
+        ((1, 13), (8, 63), 40),
+        ((1, 16), (16, 5), 40),
+        ((16, 128), (128, 5), 2),
+    ] {
         let plain = Geometry::plain(CacheLayout::Nhd, (heads, dim), (block_size, blocks), KvFormat::Fp8E5M2);
-        pools_hold_blocks(&Geometry { dynamic: true, ..plain });
+        pools_hold_blocks(&Geometry { dynamic: true, ..plain }, layers);
     }
 }
 
-fn pools_hold_blocks(geometry: &Geometry) {
+fn pools_hold_blocks(geometry: &Geometry, num_layers: usize) {
     let cuda = cuda_or_skip!();
-    let layer = strategy::any_layer(geometry, &mut Rng::new(6));
+    let layers: Vec<_> =
+        (0..num_layers).map(|layer| strategy::any_layer(geometry, &mut Rng::new(6 + layer as u64))).collect();
     let spec = geometry.shape().spec;
     let count = geometry.num_blocks as u32;
-    let mut cache = PagedKvCache::new(cuda.clone(), spec, count as usize, &[LayerScales::one()]).unwrap();
+    let scales: Vec<_> = (0..num_layers).map(|_| LayerScales::one()).collect();
+    let mut cache = PagedKvCache::new(cuda.clone(), spec, count as usize, &scales).unwrap();
     let there: Vec<_> = (0..count).map(|block| BlockPair::new((block * 4) % count, block)).collect();
     let back: Vec<_> = there.iter().map(|pair| BlockPair::new(pair.dst, pair.src)).collect();
     for page_locked in [true, false] {
         let pool = || match page_locked {
             true => cache.host_pool(count as usize),
-            false => HostPool::new(spec, 1, count as usize),
+            false => HostPool::new(spec, num_layers, count as usize),
         };
         let (mut first, mut second) = (pool().unwrap(), pool().unwrap());
-        let target = first.layer_mut(0).unwrap();
-        target.k.copy_from_slice(&layer.k);
-        target.v.copy_from_slice(&layer.v);
-        target.k_dynamic.unwrap().copy_from_slice(layer.k_dynamic.as_ref().unwrap());
-        target.v_dynamic.unwrap().copy_from_slice(layer.v_dynamic.as_ref().unwrap());
+        for (i, layer) in layers.iter().enumerate() {
+            let target = first.layer_mut(i).unwrap();
+            target.k.copy_from_slice(&layer.k);
+            target.v.copy_from_slice(&layer.v);
+            target.k_dynamic.unwrap().copy_from_slice(layer.k_dynamic.as_ref().unwrap());
+            target.v_dynamic.unwrap().copy_from_slice(layer.v_dynamic.as_ref().unwrap());
+        }
         cache.swap_in(&first, &there).unwrap();
         cache.swap_out(&mut second, &back).unwrap();
-        let (a, b) = (first.layer_ref(0).unwrap(), second.layer_ref(0).unwrap());
-        assert!(a.k == b.k && a.v == b.v && a.k_dynamic == b.k_dynamic && a.v_dynamic == b.v_dynamic);
+        for i in 0..num_layers {
+            let (a, b) = (first.layer_ref(i).unwrap(), second.layer_ref(i).unwrap());
+            assert!(a.k == b.k && a.v == b.v && a.k_dynamic == b.k_dynamic && a.v_dynamic == b.v_dynamic, "layer {i}");
+        }
     }
 }

@@ -41,6 +41,18 @@ constexpr bool kHasHopperKernels = false;
 // host; or neither.
 enum class Memory { Other, Host, Device };
 
+// Addresses that are memory of one kind: what was allocated, or page-locked, in one piece.
+struct MemoryRange {
+  uintptr_t begin;
+  size_t bytes;
+  Memory kind;
+
+  bool has(const void *address, size_t count) const {
+    const size_t offset = reinterpret_cast<uintptr_t>(address) - begin;
+    return offset <= bytes && count <= bytes - offset;
+  }
+};
+
 } // namespace quantkv
 
 #if defined(QUANTKV_SIMT)
@@ -92,23 +104,46 @@ inline int current_device(Device &device) {
   return status_of(error);
 }
 
-// The current device's number; -1 if there is none.
-inline int device_number() {
+// What memory_around() asks: the current device's number, -1 if there is none, and the driver's cuMemGetAddressRange, null if it is not there.
+struct AddressTables {
   int device = -1;
-  if (cudaGetDevice(&device) != cudaSuccess) cudaGetLastError(); // not the next call's
-  return device;
+  int (*range_of)(unsigned long long *begin, size_t *bytes, unsigned long long address) = nullptr;
+};
+
+inline AddressTables address_tables() {
+  AddressTables tables;
+  void *found = nullptr;
+#if CUDART_VERSION >= 12050
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+  cudaError_t error = cudaGetDriverEntryPointByVersion("cuMemGetAddressRange", &found, 12000, cudaEnableDefault, &result);
+#else
+  cudaError_t error = cudaGetDriverEntryPoint("cuMemGetAddressRange", &found, cudaEnableDefault);
+#endif
+  if (error == cudaSuccess) tables.range_of = reinterpret_cast<decltype(tables.range_of)>(found);
+  if (error == cudaSuccess) error = cudaGetDevice(&tables.device);
+  if (error != cudaSuccess) cudaGetLastError(); // not the next call's
+  return tables;
 }
 
-// `device`: the current one. A look into the driver's tables: 0.1 us.
-inline Memory memory_of(const void *address, int device) {
+// What the memory at `address` is, and all of what was allocated or page-locked together with it; empty where that is not known. Two looks
+// into the driver's tables, 0.1 us each.
+inline MemoryRange memory_around(const void *address, const AddressTables &tables) {
+  MemoryRange range = {reinterpret_cast<uintptr_t>(address), 0, Memory::Other};
   cudaPointerAttributes attributes = {};
   if (cudaPointerGetAttributes(&attributes, address) != cudaSuccess) {
     cudaGetLastError();
-    return Memory::Other;
+    return range;
   }
-  if (attributes.devicePointer != address) return Memory::Other;
-  if (attributes.type == cudaMemoryTypeHost) return Memory::Host;
-  return attributes.type == cudaMemoryTypeDevice && attributes.device == device ? Memory::Device : Memory::Other;
+  if (attributes.devicePointer != address) return range;
+  if (attributes.type == cudaMemoryTypeHost) range.kind = Memory::Host;
+  if (attributes.type == cudaMemoryTypeDevice && attributes.device == tables.device) range.kind = Memory::Device;
+  unsigned long long begin = 0;
+  size_t bytes = 0;
+  if (tables.range_of != nullptr && tables.range_of(&begin, &bytes, range.begin) == 0) { // CUDA_SUCCESS
+    range.begin = static_cast<uintptr_t>(begin);
+    range.bytes = bytes;
+  }
+  return range;
 }
 
 // Copies between device and host memory in any direction, in stream order.

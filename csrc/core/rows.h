@@ -6,9 +6,8 @@
 //   RowShare     rows [tokens, rows] over blocks of kRowThreads: a power of two of lanes a row, several vectors a
 //                lane and several tokens a thread; nothing is divided in a loop
 //
-//   thread of a block      group = thread / lanes, lane = thread % lanes
-//   rows <= groups:        `side` tokens side by side, group = token * rows + row
-//   rows >  groups:        grid.y blocks share the rows of a token
+//   thread of a block      group = thread / lanes, lane = thread % lanes; group = row * side + token
+//   a block                `block_rows` rows of `side` tokens at a time; grid.y blocks share the rows of a token
 #pragma once
 #include "address.h"
 #include "launch.h"
@@ -306,6 +305,7 @@ constexpr int64_t kFillingBlocks = 1024;
 struct RowShare {
   int32_t lane_shift; // log2 of the lanes of a row
   int32_t rows;       // rows of a token
+  int32_t block_rows; // of which a block has so many
   int32_t side;       // tokens side by side in a block
   int32_t steps;      // tokens of a thread, `side` apart
 
@@ -314,13 +314,15 @@ struct RowShare {
   QKV_HOST_DEVICE int tokens_per_block() const { return side * steps; }
 };
 
-// `width`: vectors of the longest row, of which a lane is to have `per_lane` (more, if that takes more than a warp).
-inline RowShare share_rows(int64_t tokens, int rows, int width, int per_lane, int max_steps) {
-  RowShare share = {0, rows, 1, 1};
+// `width`: vectors of the longest row, of which a lane is to have `per_lane` (more, if that takes more than a warp). `most_rows`: of a block.
+inline RowShare share_rows(int64_t tokens, int rows, int width, int per_lane, int max_steps, int most_rows = kRowThreads) {
+  RowShare share = {0, rows, rows, 1, 1};
   while (share.lanes() * per_lane < width && share.lanes() < kWarp) share.lane_shift++;
-  if (rows < share.groups()) share.side = share.groups() / rows;
+  if (share.block_rows > most_rows) share.block_rows = most_rows;
+  if (share.block_rows > share.groups()) share.block_rows = share.groups();
+  share.side = share.groups() / share.block_rows;
   while (2 * share.steps <= max_steps &&
-         ceil_div(tokens, 2 * share.tokens_per_block()) * ceil_div(rows, share.groups()) >= kFillingBlocks) {
+         ceil_div(tokens, 2 * share.tokens_per_block()) * ceil_div(rows, share.block_rows) >= kFillingBlocks) {
     share.steps *= 2;
   }
   return share;
@@ -328,7 +330,7 @@ inline RowShare share_rows(int64_t tokens, int rows, int width, int per_lane, in
 
 // Blocks for `tokens`, which max_tokens() limits.
 inline Grid grid_of(const RowShare &share, int64_t tokens) {
-  return Grid{ceil_div(tokens, share.tokens_per_block()), ceil_div(share.rows, share.groups()), 1};
+  return Grid{ceil_div(tokens, share.tokens_per_block()), ceil_div(share.rows, share.block_rows), 1};
 }
 
 // Tokens that one grid covers. More than any device has memory for; launchers cut longer calls all the same.
@@ -347,15 +349,12 @@ struct RowPlace {
   int side_token;      // of those side by side
   int64_t first_token; // the others follow at distance share.side
 
+  // Threads side by side have tokens of one row: in a cache of [heads, slots, channels] their rows follow each other.
   QKV_DEVICE explicit RowPlace(const RowShare &share) {
-    const int group = thread_index() >> share.lane_shift;
-    side_token = 0;
+    const int group = thread_index() >> share.lane_shift, row_of_block = group / share.side;
     lane = thread_index() & (share.lanes() - 1);
-    row = block_index_y() * share.groups() + group;
-    if (share.side > 1) {
-      side_token = group / share.rows;
-      row = side_token < share.side ? group - side_token * share.rows : share.rows;
-    }
+    row = row_of_block < share.block_rows ? block_index_y() * share.block_rows + row_of_block : share.rows;
+    side_token = group - row_of_block * share.side;
     first_token = static_cast<int64_t>(block_index_x()) * share.tokens_per_block() + side_token;
   }
 };

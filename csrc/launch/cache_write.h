@@ -11,16 +11,22 @@ namespace {
 template <Format A> constexpr int kTokensInFlight = A == Format::F32 ? 1 : 2;
 constexpr int kMaxTurns = 4;
 
+// Rows of a block where slots lie nearer than heads, so that it writes longer runs (on an H200, 8 heads of 128, E4M3: 32768 tokens 60.3
+// to 55.7 us, 8192 16.5 to 15.7; 2, 4 or 16 rows: 55.7, 56.3, 57.7). Where heads are nearer, a block has all it can: 8 take 1 % longer.
+constexpr int kNearSlotsRows = 8;
+
 template <Format A, Scales kScales> int launch_vectors(CacheWriteParams &p, int width, void *stream) {
   constexpr int tokens = kTokensInFlight<A>;
-  p.share = share_rows(p.op.num_tokens, 2 * p.op.cache.num_kv_heads, width, kRowVectors, tokens * kMaxTurns);
+  const quantkv_address_map &map = p.op.cache.k.map;
+  const int most_rows = map.slot_stride < map.head_stride ? kNearSlotsRows : kRowThreads;
+  p.share = share_rows(p.op.num_tokens, 2 * p.op.cache.num_kv_heads, width, kRowVectors, tokens * kMaxTurns, most_rows);
   const Grid grid = grid_of(p.share, p.op.num_tokens);
   return QKV_LAUNCH_OVERLAPPED((cache_write_vectors<A, kScales, tokens>), grid, kRowThreads, 0, stream, p);
 }
 
 template <class T> int launch_elements(CacheWriteParams &p, void *stream) {
   constexpr int64_t warps = kRowThreads / kWarp, most = 1 << 20;
-  p.share = RowShare{5, 2 * p.op.cache.num_kv_heads, 1, 1};
+  p.share = RowShare{5, 2 * p.op.cache.num_kv_heads, 1, 1, 1};
   const int64_t blocks = ceil_div(p.op.num_tokens * p.share.rows, warps);
   return QKV_LAUNCH_OVERLAPPED((cache_write_elements<T>), (Grid{blocks < most ? blocks : most, 1, 1}), kRowThreads, 0,
                                stream, p);
@@ -51,7 +57,7 @@ constexpr int64_t kManyTokens = 64;
 template <Format A> int launch_packed(CacheWriteParams &p, bool by_channel, void *stream) {
   constexpr int64_t warps = kRowThreads / kWarp, most = 1 << 20;
   const int32_t spans = static_cast<int32_t>(ceil_div(p.op.cache.v.head_dim, kSpan));
-  p.share = RowShare{5, (1 + spans) * p.op.cache.num_kv_heads, 1, 1};
+  p.share = RowShare{5, (1 + spans) * p.op.cache.num_kv_heads, 1, 1, 1};
   const int64_t blocks = ceil_div(ceil_div(p.op.num_tokens, kPackedTokens) * p.share.rows, warps);
   const Grid grid = {blocks < most ? blocks : most, 1, 1};
   if (by_channel) return QKV_LAUNCH_OVERLAPPED((cache_write_packed<A, true>), grid, kRowThreads, 0, stream, p);

@@ -13,7 +13,7 @@ constexpr int64_t kMaxGatherBlocks = 2048;
 template <bool kRaw, Format A> int launch_gather(GatherParams &p, bool vectors, int width, void *stream) {
   const int heads = p.op.cache.num_kv_heads;
   p.share = share_rows(p.op.num_tokens, 2 * heads, vectors ? width : kWarp, 1, 1);
-  const int64_t columns = vectors ? ceil_div(p.share.rows, p.share.groups()) : 1;
+  const int64_t columns = vectors ? ceil_div(p.share.rows, p.share.block_rows) : 1;
   p.tile = 4;
   while (p.tile < kMaxTile && ceil_div(p.op.num_tokens, 2 * p.tile) * columns >= kMaxGatherBlocks / 2) p.tile *= 2;
   // Without rows there may still be bounds to find fault with.

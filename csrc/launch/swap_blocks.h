@@ -55,6 +55,36 @@ public:
 
 #else
 
+// What memory addresses are of. The driver is asked once for what was allocated in one piece: pools are few and copies many.
+class KnownMemory {
+  static constexpr int kMost = 64;
+  MemoryRange ranges[kMost];
+  int count = 0, next = 0; // the one to be forgotten first, if there are kMost
+  int last = 0;            // asked for
+  AddressTables tables;
+
+public:
+  explicit KnownMemory(const AddressTables &tables) : tables(tables) {}
+
+  // Of all of [address, address + bytes).
+  Memory of(const void *address, size_t bytes) {
+    // Copies go through layers in turn, or stay with one.
+    for (int i = 0; i < count; i++) {
+      const int at = last + i < count ? last + i : last + i - count;
+      if (!ranges[at].has(address, bytes)) continue;
+      last = at;
+      return ranges[at].kind;
+    }
+    const MemoryRange range = memory_around(address, tables);
+    if (!range.has(address, bytes)) return Memory::Other;
+    last = next;
+    next = (next + 1) % kMost;
+    if (count < kMost) count++;
+    ranges[last] = range;
+    return range.kind;
+  }
+};
+
 // Copies for the kernel. The first lists are short, so that the first copies are under way while the others are looked at.
 class KernelCopies {
   // Of larger copies the engines are as fast, and twice as fast both ways at a time.
@@ -63,14 +93,18 @@ class KernelCopies {
   int64_t longest = 0;
   int32_t most = 16;
   quantkv_stream stream;
-  int device;
+  KnownMemory from_memory, to_memory;
 
 public:
-  explicit KernelCopies(quantkv_stream stream) : stream(stream), device(device_number()) { list.count = 0; }
+  explicit KernelCopies(quantkv_stream stream, const AddressTables &tables = address_tables())
+      : stream(stream), from_memory(tables), to_memory(tables) {
+    list.count = 0;
+  }
 
-  bool takes(const quantkv_memory_copy &copy) const {
+  bool takes(const quantkv_memory_copy &copy) {
     if (copy.bytes > kLargest || copy.bytes % 16 != 0 || !is_aligned(copy.dst, 16) || !is_aligned(copy.src, 16)) return false;
-    const Memory from = memory_of(copy.src, device), to = memory_of(copy.dst, device);
+    const size_t bytes = static_cast<size_t>(copy.bytes);
+    const Memory from = from_memory.of(copy.src, bytes), to = to_memory.of(copy.dst, bytes);
     return (from == Memory::Host && to == Memory::Device) || (from == Memory::Device && to == Memory::Host);
   }
 
@@ -82,8 +116,8 @@ public:
 
   int flush() {
     if (list.count == 0) return QUANTKV_OK;
-    list.pieces = static_cast<int32_t>(ceil_div(longest, int64_t{kCopyThreads} * kCopyVectors * 16));
-    const int status = QKV_LAUNCH((swap_listed_blocks), (Grid{kSwapBlocks, 1, 1}), kCopyThreads, 0, stream, list);
+    list.pieces = static_cast<int32_t>(ceil_div(longest, int64_t{kSwapThreads} * kCopyVectors * 16));
+    const int status = QKV_LAUNCH((swap_listed_blocks), (Grid{kSwapBlocks, 1, 1}), kSwapThreads, 0, stream, list);
     list.count = 0;
     longest = 0;
     if (most < kSwapCopies) most = 4 * most < kSwapCopies ? 4 * most : kSwapCopies;

@@ -10,7 +10,9 @@
 
 namespace quantkv {
 
-QKV_KERNEL void QKV_LAUNCH_BOUNDS(kCopyThreads, 5) copy_blocks(const quantkv_copy_blocks op) {
+constexpr int kCopyThreads = 128;
+
+QKV_KERNEL void QKV_LAUNCH_BOUNDS(kCopyThreads, 10) copy_blocks(const quantkv_copy_blocks op) {
   wait_for_previous_kernel();
   const int64_t piece = static_cast<int64_t>(block_threads()) * kCopyVectors * 16;
   for (int64_t pair = block_index_y(); pair < op.num_pairs; pair += grid_size_y()) {

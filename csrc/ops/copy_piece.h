@@ -6,7 +6,6 @@
 namespace quantkv {
 
 constexpr int kCopyVectors = 4;
-constexpr int kCopyThreads = 256;
 
 // Bytes start .. end of a block; `end` may lie anywhere.
 QKV_DEVICE void copy_piece(char *dst, const char *src, int64_t start, int64_t end) {
@@ -26,7 +25,7 @@ QKV_DEVICE void copy_piece(char *dst, const char *src, int64_t start, int64_t en
   QKV_UNROLL
   for (int i = 0; i < kCopyVectors; i++) {
     const int64_t at = start + (i * threads + thread_index()) * 16;
-    if (at < whole) *reinterpret_cast<Words<4> *>(dst + at) = words[i];
+    if (at < whole) store_stream(reinterpret_cast<Words<4> *>(dst + at), words[i]);
   }
   if (whole + thread_index() < end) dst[whole + thread_index()] = src[whole + thread_index()];
 }

@@ -11,18 +11,18 @@
 namespace quantkv {
 
 constexpr int kSwapCopies = 160;
-constexpr int kSwapBlocks = 32;
+constexpr int kSwapBlocks = 32, kSwapThreads = 256;
 
 // Aligned to 16 bytes, sizes included.
 struct SwapList {
   quantkv_memory_copy copies[kSwapCopies];
   int32_t count;
-  int32_t pieces; // of the longest copy, of kCopyThreads * kCopyVectors vectors each
+  int32_t pieces; // of the longest copy, of kSwapThreads * kCopyVectors vectors each
 };
 static_assert(sizeof(SwapList) <= 4096, "what a kernel's parameters may have");
 
-QKV_KERNEL void QKV_LAUNCH_BOUNDS(kCopyThreads, 2) swap_listed_blocks(QKV_GRID_CONSTANT const SwapList list) {
-  constexpr int64_t kPiece = kCopyThreads * kCopyVectors * 16;
+QKV_KERNEL void QKV_LAUNCH_BOUNDS(kSwapThreads, 2) swap_listed_blocks(QKV_GRID_CONSTANT const SwapList list) {
+  constexpr int64_t kPiece = kSwapThreads * kCopyVectors * 16;
   for (int32_t at = block_index_x(); at < list.count * list.pieces; at += static_cast<int32_t>(grid_size_x())) {
     const quantkv_memory_copy &copy = list.copies[at / list.pieces];
     const int64_t start = at % list.pieces * kPiece, end = start + kPiece;

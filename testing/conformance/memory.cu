@@ -1,4 +1,4 @@
-// Streaming loads, asynchronous copies with their groups, and the order of overlapped kernels.
+// Streaming loads and stores, asynchronous copies with their groups, and the order of overlapped kernels.
 #include "harness.h"
 
 namespace conformance {
@@ -8,7 +8,11 @@ template <int N> QKV_KERNEL void stream_kernel(const uint32_t *in, uint32_t *out
   int i = block_index_x() * block_threads() + thread_index();
   if (i >= n / N) return;
   Words<N> words = load_stream(reinterpret_cast<const Words<N> *>(in) + i);
-  for (int w = 0; w < N; w++) out[i * N + w] = words.w[w];
+  if constexpr (N == 4) {
+    store_stream(reinterpret_cast<Words<N> *>(out) + i, words);
+  } else {
+    for (int w = 0; w < N; w++) out[i * N + w] = words.w[w];
+  }
 }
 
 template <int N> void streams(Report &report, const char *name) {
@@ -178,7 +182,7 @@ void overlap(Report &report) {
 void test_memory(Report &report, uint64_t) {
   streams<1>(report, "load_stream, 4 bytes");
   streams<2>(report, "load_stream, 8 bytes");
-  streams<4>(report, "load_stream, 16 bytes");
+  streams<4>(report, "load_stream, store_stream, 16 bytes");
   copies<Words<4>>(report, "copy_async_16, commit, wait");
   copies<uint32_t>(report, "copy_async_4, commit, wait");
   unsettled(report);

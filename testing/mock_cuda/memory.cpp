@@ -6,14 +6,18 @@
 
 namespace mock {
 
+// The range that begins at or before an address, if any.
+static const std::pair<const uintptr_t, size_t> *range_before(const std::map<uintptr_t, size_t> &ranges, const void *address) {
+  const auto found = ranges.upper_bound(reinterpret_cast<uintptr_t>(address));
+  return found == ranges.begin() ? nullptr : &*std::prev(found);
+}
+
 // Whether [address, address + bytes) lies in one of the ranges.
 static bool contains(const std::map<uintptr_t, size_t> &ranges, const void *address, size_t bytes) {
-  const auto begin = reinterpret_cast<uintptr_t>(address);
-  auto found = ranges.upper_bound(begin);
-  if (found == ranges.begin()) return false;
-  --found;
-  const size_t offset = begin - found->first;
-  return offset <= found->second && bytes <= found->second - offset;
+  const auto *range = range_before(ranges, address);
+  if (range == nullptr) return false;
+  const size_t offset = reinterpret_cast<uintptr_t>(address) - range->first;
+  return offset <= range->second && bytes <= range->second - offset;
 }
 
 bool is_device(const void *address, size_t bytes) { return contains(driver.device, address, bytes); }
@@ -173,6 +177,18 @@ DRIVER_API cuPointerGetAttribute(void *value, int attribute, DevicePointer addre
   if (attribute != kMemoryType) return NOT_SUPPORTED;
   if (!is_device(pointer(address), 1) && !is_pinned(pointer(address), 1)) return INVALID_VALUE;
   *static_cast<unsigned *>(value) = is_device(pointer(address), 1) ? 2 : 1;
+  return SUCCESS;
+}
+
+// What was allocated, or page-locked, in one piece, and has `address` in it.
+DRIVER_API cuMemGetAddressRange_v2(DevicePointer *begin, size_t *bytes, DevicePointer address) {
+  Call call;
+  if (call.result != SUCCESS) return call.result;
+  const bool of_device = is_device(pointer(address), 1);
+  if (!of_device && !is_pinned(pointer(address), 1)) return INVALID_VALUE;
+  const auto *range = range_before(of_device ? driver.device : driver.pinned, pointer(address));
+  *begin = range->first;
+  *bytes = range->second;
   return SUCCESS;
 }
 

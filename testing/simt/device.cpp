@@ -38,12 +38,15 @@ int current_device(Device &device) {
   return QUANTKV_OK;
 }
 
-Memory memory_of(const void *address, int) {
+MemoryRange memory_around(const void *address, const AddressTables &) {
+  MemoryRange range = {reinterpret_cast<uintptr_t>(address), 0, Memory::Other};
   unsigned type = 0;
   constexpr int kMemoryType = 2; // CU_POINTER_ATTRIBUTE_MEMORY_TYPE
   auto *ask = mock<int(void *, int, uintptr_t)>("cuPointerGetAttribute");
-  if (ask == nullptr || ask(&type, kMemoryType, reinterpret_cast<uintptr_t>(address)) != 0) return Memory::Other;
-  return type == 1 ? Memory::Host : Memory::Device;
+  auto *ask_range = mock<int(uintptr_t *, size_t *, uintptr_t)>("cuMemGetAddressRange_v2");
+  if (ask == nullptr || ask_range == nullptr || ask(&type, kMemoryType, range.begin) != 0) return range;
+  if (ask_range(&range.begin, &range.bytes, range.begin) == 0) range.kind = type == 1 ? Memory::Host : Memory::Device;
+  return range;
 }
 
 int copy_memory(void *dst, const void *src, size_t bytes, void *stream) {

@@ -19,8 +19,9 @@ struct Device {
 int current_device(Device &device);
 
 // Nothing is known of memory without the mock driver.
-inline int device_number() { return 0; }
-Memory memory_of(const void *address, int device);
+struct AddressTables {};
+inline AddressTables address_tables() { return {}; }
+MemoryRange memory_around(const void *address, const AddressTables &);
 int copy_memory(void *dst, const void *src, size_t bytes, void *stream);
 // QUANTKV_SIMT_NO_BATCH in the environment: the driver is too old for it.
 int copy_memory_batch(void *const *dst, const void *const *src, const size_t *bytes, size_t count, void *stream);

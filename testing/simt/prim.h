@@ -293,6 +293,12 @@ template <int N> Words<N> load_stream(const Words<N> *p) {
   return *p;
 }
 
+inline void store_stream(Words<4> *p, const Words<4> &words) {
+  simt::check_aligned("store_stream", p, sizeof *p);
+  simt::check_global("store_stream", p, sizeof *p);
+  *p = words;
+}
+
 // No instruction would fault outside of memory, but no kernel should ask for it: with AddressSanitizer that is reported.
 inline void prefetch_l2(const void *p) {
   simt::check_global("prefetch_l2", p, 1);

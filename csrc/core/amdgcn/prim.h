@@ -152,6 +152,10 @@ template <int N> QKV_DEVICE Words<N> load_stream(const Words<N> *p) {
   }
 }
 
+QKV_DEVICE void store_stream(Words<4> *p, const Words<4> &words) {
+  __builtin_nontemporal_store(__builtin_bit_cast(amdgcn::Vector<4>, words), reinterpret_cast<amdgcn::Vector<4> *>(p));
+}
+
 // The copy is done at once.
 QKV_DEVICE void copy_async_16(void *shared, const void *global, bool valid) {
   Words<4> words = {};
