@@ -39,6 +39,7 @@ pub fn build(sanitize: bool) -> Result<(), String> {
     let sanitizers: &[&str] =
         if sanitize { &["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"] } else { &[] };
     flags.extend(sanitizers);
+    flags.extend(sanitize.then_some("-DQUANTKV_SIMT_SANITIZED"));
     let mut flags: Vec<OsString> = flags.into_iter().chain(["-x", "c++"]).map(OsString::from).collect();
     if let Some(arch) = variable("QUANTKV_SIMT_ARCH") {
         flags.push(format!("-DQUANTKV_SIMT_ARCH={arch}").into());

@@ -10,9 +10,19 @@ namespace quantkv {
 template <Format F, Order O> DecodeConfig decode_config_of(const quantkv_paged_attention &op, const Device &device, int32_t rows);
 template <Format F, Order O> int launch_decode_of(const AttentionParams &params, const WorkList &list, const Device &device, void *stream);
 
+// Formats that these kernels are compiled for. The sanitizers' build takes four times as long as another: there the other kernels have
+// those that differ from one of these by a conversion alone.
+constexpr bool decode_has(Format format) {
+#if defined(QUANTKV_SIMT_SANITIZED)
+  return format == Format::E4M3 || format == Format::BF16;
+#else
+  return format != Format::F32;
+#endif
+}
+
 // Calls visit.template run<Shape>() for the head dim, rows and scales at hand.
 template <Format F, int D, int RowTiles, bool Dynamic, Order O, class Visit> int visit_decode_shape(Visit visit) {
-  if constexpr (DecodeShape<F, D, RowTiles, Dynamic, O>::kFits) {
+  if constexpr (DecodeShape<F, D, RowTiles, Dynamic, O>::kFits && decode_has(F)) {
     return visit.template run<F, D, RowTiles, Dynamic, O>();
   } else {
     return QUANTKV_UNSUPPORTED;
