@@ -67,8 +67,7 @@ enum class Scales { One, Channel, Dynamic };
 // Blocks of a multiprocessor that the registers are shared by: as many as need no spills.
 template <Format A, Scales kScales>
 constexpr int kBlocksForRegisters =
-    (kScales == Scales::Channel ? 2 : kScales == Scales::Dynamic || A == Format::F32 ? 3 : 4) -
-    QKV_NEEDS_MORE_REGISTERS;
+    (kScales == Scales::Channel ? 2 : A == Format::F32 ? 3 : 4) - (kScales == Scales::Dynamic && A != Format::F32 ? 2 : 1) * QKV_NEEDS_MORE_REGISTERS;
 
 // The vectors of a token that a lane has, to `codes`; a bit for each that store_elements is to do.
 template <Format A, bool kEach, int kScaleSets>
@@ -106,8 +105,12 @@ cache_write_vectors(const CacheWriteParams p) {
   float *const dynamic = is_key ? p.op.cache.k.dynamic : p.op.cache.v.dynamic;
   auto channel_of = [&](int j) { return (place.lane + j * lanes) * kVector; };
 
-  RowScale fixed = {1.0f, nullptr, 0, 0.0f};
-  if (is_quantized(format)) fixed = static_row_scale(choose_half(p.op.cache, is_key).scale, head);
+  const auto static_scale_of_row = [&] {
+    RowScale scale = {1.0f, nullptr, 0, 0.0f};
+    if (is_quantized(format)) scale = static_row_scale(choose_half(p.op.cache, is_key).scale, head);
+    return scale;
+  };
+  const RowScale fixed = static_scale_of_row();
   constexpr bool kEach = kScales == Scales::Channel;
   EasyScales<kEach> easy[kEach ? kRowVectors : 1];
   QKV_UNROLL
@@ -177,12 +180,13 @@ cache_write_vectors(const CacheWriteParams p) {
       const int i = k / kRowVectors, j = k % kRowVectors;
       const int64_t slot = slot_of[i * side];
       if (static_cast<uint64_t>(slot) >= num_slots) continue; // nobody should have changed it
-      RowScale scale = fixed;
+      // Dynamic scales leave no registers for what is this rare.
+      RowScale scale = kScales == Scales::Dynamic ? static_scale_of_row() : fixed;
       if (kScales == Scales::Dynamic && dynamic != nullptr) {
         float own = dynamics[0];
         QKV_UNROLL
         for (int n = 1; n < kTokens; n++) own = n == i ? dynamics[n] : own;
-        scale = with_dynamic(fixed, own);
+        scale = with_dynamic(scale, own);
       }
       const T *from = reinterpret_cast<const T *>(source + i * step_bytes + j * next_source);
       store_elements(format, to.at(slot, p.paging) + j * to.next_codes, from, scale, channel_of(j));
@@ -190,7 +194,7 @@ cache_write_vectors(const CacheWriteParams p) {
     source += kTokens * step_bytes;
     slot_of += kTokens * side;
   }
-  if (is_outside && row == 0 && place.lane == 0) set_fault(p.paging.faults, QUANTKV_FAULT_SLOT);
+  if (any(is_outside) && forget(lane_index()) == 0) set_fault(p.paging.faults, QUANTKV_FAULT_SLOT);
 }
 
 template <class T> QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 4) cache_write_elements(const CacheWriteParams p) {
