@@ -137,7 +137,7 @@ QKV_DEVICE void write_packed_values(const CacheWriteParams &p, int head, int64_t
   }
 }
 
-template <Format A, bool kByChannel>
+template <Format A, bool kByChannel, int kAhead>
 QKV_DEVICE void write_packed_keys(const CacheWriteParams &p, int head, int64_t first_token, const PackedPlace &place) {
   using T = Stored<A>;
   constexpr int kLanes = kWarp / kPackedTokens; // of a token
@@ -151,18 +151,28 @@ QKV_DEVICE void write_packed_keys(const CacheWriteParams &p, int head, int64_t f
   if (is_quantized(format)) scales = static_row_scale(half.scale, head);
   EasyScales<kByChannel> easy;
   if (!kByChannel) easy.set(0, scales.one);
-  for (int channel = lane_index() / kPackedTokens * kVector; channel < half.head_dim; channel += kLanes * kVector) {
+  constexpr int kStep = kLanes * kVector;
+  for (int first = lane_index() / kPackedTokens * kVector; first < half.head_dim; first += kAhead * kStep) {
+    Vector<A> x[kAhead];
     QKV_UNROLL
-    for (int i = 0; kByChannel && i < kVector; i++) easy.set(i, scales.at(channel + i));
-    char *const to = codes + channel_index(half, channel) * bytes_of(half);
-    if (!store_fast(store_of<A>(format, easy.are_easy()), to, stream_vector<A>(row + channel), easy)) {
-      store_elements(format, to, row + channel, scales, channel);
+    for (int j = 0; j < kAhead; j++) {
+      if (first + j * kStep < half.head_dim) x[j] = stream_vector<A>(row + first + j * kStep);
+    }
+    QKV_UNROLL
+    for (int j = 0; j < kAhead; j++) {
+      const int channel = first + j * kStep;
+      if (channel >= half.head_dim) break;
+      QKV_UNROLL
+      for (int i = 0; kByChannel && i < kVector; i++) easy.set(i, scales.at(channel + i));
+      char *const to = codes + channel_index(half, channel) * bytes_of(half);
+      if (!store_fast(store_of<A>(format, easy.are_easy()), to, x[j], easy)) store_elements(format, to, row + channel, scales, channel);
     }
   }
 }
 
-// Items [groups of tokens, rows]: a row is a head of K, or a span of a head of V. p.share.rows: rows.
-template <Format A, bool kByChannel> QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 3) cache_write_packed(const CacheWriteParams p) {
+// Items [groups of tokens, rows]: a row is a head of K, or a span of a head of V. p.share.rows: rows. kAhead: vectors of K that a thread has on
+// their way at a time.
+template <Format A, bool kByChannel, int kAhead> QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 3) cache_write_packed(const CacheWriteParams p) {
   wait_for_previous_kernel();
   const int64_t groups = (p.op.num_tokens + kPackedTokens - 1) / kPackedTokens, items = groups * p.share.rows;
   const int heads = p.paging.num_kv_heads, spans = (p.op.cache.v.head_dim + kSpan - 1) / kSpan;
@@ -170,7 +180,7 @@ template <Format A, bool kByChannel> QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThrea
     const int64_t group = i / p.share.rows, first_token = group * kPackedTokens;
     const int row = static_cast<int>(i - group * p.share.rows), span = row - heads, head = span / spans;
     const PackedPlace place = packed_place(p, first_token, row == 0);
-    if (row < heads) write_packed_keys<A, kByChannel>(p, row, first_token, place);
+    if (row < heads) write_packed_keys<A, kByChannel, kAhead>(p, row, first_token, place);
     else write_packed_values<A, kByChannel>(p, head, first_token, (span - head * spans) * kSpan, place);
   }
 }
