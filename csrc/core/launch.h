@@ -37,6 +37,14 @@ constexpr bool kHasHopperKernels = true;
 constexpr bool kHasHopperKernels = false;
 #endif
 
+// Whether kernels are compiled for every format: with the sanitizers, which take four times as long, not for those that differ from
+// another by a conversion alone.
+#if defined(QUANTKV_SIMT_SANITIZED)
+constexpr bool kHasAllFormats = false;
+#else
+constexpr bool kHasAllFormats = true;
+#endif
+
 // What kernels on the current device reach under the address that the host has for it: its own memory, page-locked memory of the
 // host; or neither.
 enum class Memory { Other, Host, Device };

@@ -10,14 +10,9 @@ namespace quantkv {
 template <Format F, Order O> DecodeConfig decode_config_of(const quantkv_paged_attention &op, const Device &device, int32_t rows);
 template <Format F, Order O> int launch_decode_of(const AttentionParams &params, const WorkList &list, const Device &device, void *stream);
 
-// Formats that these kernels are compiled for. The sanitizers' build takes four times as long as another: there the other kernels have
-// those that differ from one of these by a conversion alone.
+// Formats that these kernels are compiled for; others go to the kernels that take what these do not.
 constexpr bool decode_has(Format format) {
-#if defined(QUANTKV_SIMT_SANITIZED)
-  return format == Format::E4M3 || format == Format::BF16;
-#else
-  return format != Format::F32;
-#endif
+  return kHasAllFormats ? format != Format::F32 : format == Format::E4M3 || format == Format::BF16;
 }
 
 // Calls visit.template run<Shape>() for the head dim, rows and scales at hand.
