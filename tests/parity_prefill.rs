@@ -111,3 +111,36 @@ fn prefill_over_dynamic_scales() {
         }
     }
 }
+
+/// vLLM's packed layout, whose V has the slots of a channel side by side: codes and 16 bits, blocks of 16 bytes of slots and more, or of
+/// fewer and head dims that the kernels leave to others; windows that begin and sequences that end within a block; blocks that the table
+/// does not name; dynamic scales.
+#[test]
+fn packed_rows() {
+    use KvFormat::{BF16, F16, Fp8E4M3, Fp8E5M2};
+    let caches = [
+        (Fp8E4M3, DType::BF16, ScaleKind::Tensor, false),
+        (Fp8E4M3, DType::BF16, ScaleKind::Head, true),
+        (BF16, DType::BF16, ScaleKind::Tensor, false),
+        (F16, DType::F16, ScaleKind::Tensor, false),
+        (Fp8E5M2, DType::F16, ScaleKind::Channel, false),
+    ];
+    let shapes = [(64, 64, 16, None), (128, 96, 32, Some(150)), (96, 128, 16, Some(3)), (128, 128, 64, None)];
+    let left_to_others = [(64, 48, 8, None), (256, 256, 16, None)];
+    for (i, (format, dtype, scale, dynamic)) in caches.into_iter().enumerate() {
+        let others = &left_to_others[..if i == 4 { 2 } else { 0 }];
+        for &(dim, v_dim, block_size, window) in shapes.iter().chain(others) {
+            let sequences = vec![(181, 37), (0, 70), (130, 1), (0, 0)];
+            let blocks: usize =
+                sequences.iter().map(|&(before, new): &(usize, usize)| (before + new).div_ceil(block_size)).sum();
+            let plain = Geometry::plain(CacheLayout::VllmPacked, (1, dim), (block_size, blocks + 1), format);
+            let geometry = Geometry { v_dim, dynamic, ..plain };
+            let parameters = Parameters { dtype, window, scales: (scale, scale), ..simple(geometry, 3, sequences) };
+            let mut case = build(&parameters);
+            if window.is_none() && block_size == 16 {
+                case.tables[100 / block_size..][..2].fill(-1);
+            }
+            check_all(&case, (format, dtype, dynamic, dim, v_dim, block_size, window));
+        }
+    }
+}

@@ -141,6 +141,10 @@ fn prefill(work: &mut Vec<Work>, quick: bool) {
             let dynamic = Shape { dynamic: true, queries: 2 * K, ..Shape::uniform(1, context, E4M3) };
             work.push(Work::Prefill(dynamic));
         }
+        for dynamic in [false, true] {
+            let layout = CacheLayout::VllmPacked;
+            work.push(Work::Prefill(Shape { layout, dynamic, queries: 2 * K, ..Shape::uniform(1, 32 * K, E4M3) }));
+        }
         // Short prompts of several sequences; Gemma's heads, and its capped scores.
         for (batch, context) in [(16, 512), (8, K), (4, 2 * K)] {
             work.push(Work::Prefill(Shape { queries: context, ..Shape::uniform(batch, context, E4M3) }));

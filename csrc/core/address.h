@@ -18,6 +18,11 @@ constexpr float kLargest = 3.40282347e+38f;        // f32::MAX
 // Whether the channels of a row lie side by side.
 QKV_HOST_DEVICE bool row_is_contiguous(const quantkv_half &half) { return half.map.chunk >= half.head_dim; }
 
+// Whether it is the slots of each channel that do, as in vLLM's packed V.
+QKV_HOST_DEVICE bool slots_are_contiguous(const quantkv_half &half) {
+  return !row_is_contiguous(half) && half.map.chunk == 1 && half.map.slot_stride == 1;
+}
+
 // The index of the first channel of (block, head, slot), in elements.
 QKV_HOST_DEVICE int64_t row_index(const quantkv_address_map &map, int64_t block, int head, int slot) {
   return block * map.block_stride + head * map.head_stride + slot * map.slot_stride;

@@ -127,7 +127,7 @@ QKV_PRODUCTS_BY_COLUMNS(f16, 128, 16, 64, "%64,%65,%66,%67", "%68")
 QKV_PRODUCTS_BY_COLUMNS(bf16, 128, 16, 64, "%64,%65,%66,%67", "%68")
 #undef QKV_PRODUCTS_BY_COLUMNS
 
-// sums [64, n] = or += A B, A in registers, B by rows or by columns.
+// sums [64, n] = or += A B, A in registers, B by rows or by columns. (By columns of 128 see above.)
 #define QKV_PRODUCTS_OF_REGISTERS(way, transposes, n, tiles, floats, names_of_a, name_of_b, name_of_adds)              \
   QKV_DEVICE void multiply_##way##_f16(float (&sums)[tiles][4], const uint32_t (&a)[4], PanelMatrix b, bool adds) {    \
     asm volatile("{ .reg .pred adds; setp.ne.b32 adds, " name_of_adds ", 0; "                                          \
@@ -142,6 +142,7 @@ QKV_PRODUCTS_BY_COLUMNS(bf16, 128, 16, 64, "%64,%65,%66,%67", "%68")
 QKV_PRODUCTS_BOTH_WAYS(16, 2, 8, "%8,%9,%10,%11", "%12", "%13")
 QKV_PRODUCTS_BOTH_WAYS(32, 4, 16, "%16,%17,%18,%19", "%20", "%21")
 QKV_PRODUCTS_BOTH_WAYS(64, 8, 32, "%32,%33,%34,%35", "%36", "%37")
+QKV_PRODUCTS_OF_REGISTERS(rows, 0, 128, 16, 64, "%64,%65,%66,%67", "%68", "%69")
 #undef QKV_PRODUCTS_BOTH_WAYS
 #undef QKV_PRODUCTS_OF_REGISTERS
 

@@ -31,6 +31,15 @@ bool half_is_aligned(const quantkv_half &half) {
   return reinterpret_cast<uintptr_t>(half.codes) % 16 == 0 && strides * bytes_of(half) % 16 == 0;
 }
 
+// Whether 16 bytes of V from a multiple of 16 on are aligned and in one block: channels of a row or, where V is packed, slots.
+bool values_are_aligned(const quantkv_cache &cache) {
+  if (!slots_are_contiguous(cache.v)) return half_is_aligned(cache.v);
+  const quantkv_address_map &map = cache.v.map;
+  const int64_t strides = map.block_stride | map.head_stride | map.chunk_stride | cache.block_size;
+  return padded_prefill_dim(cache) <= 128 && reinterpret_cast<uintptr_t>(cache.v.codes) % 16 == 0 && strides * bytes_of(cache.v) % 16 == 0;
+}
+static_assert(kPrefillUnpacks<128> && !kPrefillUnpacks<256>, "the kernel's");
+
 } // namespace
 
 int padded_prefill_dim(const quantkv_cache &cache) {
@@ -47,8 +56,8 @@ KernelShape prefill_shape(const quantkv_cache &cache, int32_t activation, const 
 }
 
 bool prefill_can_load(const quantkv_paged_attention &op) {
-  return half_is_aligned(op.cache.k) && half_is_aligned(op.cache.v) && rows_are_aligned(op.query) &&
-         rows_are_aligned(op.output);
+  const quantkv_cache &cache = op.cache;
+  return half_is_aligned(cache.k) && values_are_aligned(cache) && rows_are_aligned(op.query) && rows_are_aligned(op.output);
 }
 
 int launch_prefill(const AttentionParams &params, const WorkList &list, quantkv_stream stream) {

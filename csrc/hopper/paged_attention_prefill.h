@@ -14,7 +14,7 @@
 //
 // Consumers. A warpgroup starts the scores of tile j + 1 and the outputs of tile j together, and computes weights while
 // the outputs are summed. The two warpgroups take turns at starting products: one's softmax runs while the other's
-// products do. V is used as it lies, tokens along k (`by columns`); P goes from accumulators to the A operand in
+// products do. V is used as it lies, tokens along k (`by columns`; packed V, whose channels are rows, `by rows`); P goes from accumulators to the A operand in
 // registers.
 //
 // Scores, range and scales: as in ops/paged_attention_prefill.h. Dynamic scales of a tile, K's and V's,
@@ -29,14 +29,15 @@
 namespace quantkv {
 
 // T: the type of the products. kIsCodes: of an 8-bit cache. kDim: 64, 128 or 256, not below either head dim. kDynamic: scales of a half at least.
-// Shared: HopperShared.
-template <class T, bool kIsCodes, int kDim, bool kDynamic>
+// O: how V lies. Shared: HopperShared.
+template <class T, bool kIsCodes, int kDim, bool kDynamic, Order O>
 QKV_KERNEL void QKV_LAUNCH_BOUNDS(kHopperThreads, 1) attend_prefill_hopper(
     QKV_GRID_CONSTANT const AttentionParams params, QKV_GRID_CONSTANT const WorkList list) {
 #if QKV_HAS_WARPGROUP_PRODUCTS
   static_assert(kIsCodes || !kDynamic, "only codes have scales");
+  static_assert(kIsCodes || O == Order::Rows, "packed 16-bit elements are the decode kernel's");
   QKV_PANELS_SHARED(memory);
-  using Shared = HopperShared<kDim, kDynamic>;
+  using Shared = HopperShared<kDim, kDynamic, O>;
   Shared &shared = *reinterpret_cast<Shared *>(memory);
   if (thread_index() == 0) {
     for (int slot = 0; slot < kHopperSlots; slot++) {

@@ -129,8 +129,16 @@ template <class T, class Shared> struct HopperConsumer {
     products_begin();
     QKV_UNROLL
     for (int at = 0; at < kDim / kColumns; at++) {
-      const PanelMatrix values = matrix_by_columns(shared.slots[slot][at * kColumns / 64], kKeys * kPanelRow);
       float(&sums)[kColumns / 8][4] = *reinterpret_cast<float(*)[kColumns / 8][4]>(&o[at * kColumns / 8]);
+      if constexpr (Shared::kPacked) {
+        const PanelMatrix values = matrix_by_rows(shared.slots[slot][0] + at * kColumns * kPanelRow);
+        QKV_UNROLL
+        for (int step = 0; step < kTiles / 2; step++) {
+          multiply_rows_f16(sums, p[step], values + (step / 4 * (kDim * kPanelRow) + step % 4 * 32), true);
+        }
+        continue;
+      }
+      const PanelMatrix values = matrix_by_columns(shared.slots[slot][at * kColumns / 64], kKeys * kPanelRow);
       QKV_UNROLL
       for (int step = 0; step < kTiles / 2; step++) P::by_columns(sums, p[step], values + 16 * kPanelRow * step);
     }

@@ -138,42 +138,102 @@ template <int kRowsOfWarp> struct ScalesOfRows {
   }
 };
 
+// Where a lane's codes come from and go to: 16 of a row, which become 32 bytes of that in a panel of 64 channels; what eight lanes store
+// meets all banks.
+template <class Shared> struct CodesOfRows : RowSource<1, Shared::kPanels, Shared::kRowsOfWarp> {
+  using Source = RowSource<1, Shared::kPanels, Shared::kRowsOfWarp>;
+  static constexpr int kLoads = Shared::kRowsOfWarp / 8 * Shared::kPanels;
+  static QKV_DEVICE bool are_keys() { return produces_keys(); }
+
+  QKV_DEVICE CodesOfRows(const AttentionParams &params, const Piece &piece)
+      : Source(params, are_keys() ? params.op.cache.k : params.op.cache.v, piece) {}
+  // Of the first 16 bytes of this lane's first load, in row lane / 4 of the warp's first eight, and how much further on those of others
+  // are. The second 16 bytes are their neighbour.
+  static QKV_DEVICE int offset() { return panel_offset(first_produced_row<Shared::kRowsOfWarp>() + lane_index() / 4, lane_index() % 4 * 2); }
+  static QKV_DEVICE int offset_of(int load) { return (load % Shared::kPanels * Shared::kKeys + load / Shared::kPanels * 8) * kPanelRow; }
+  QKV_DEVICE void copy(int32_t tile, int32_t block, unsigned char *codes, int stride) const {
+    Source::copy(tile, block, [&](int i, int panel) { return codes + (i * Shared::kPanels + panel) * stride; });
+  }
+  QKV_DEVICE void drop_unseen(int32_t, unsigned char *, int) const {} // copied as zeros
+};
+
+// Those of packed V: 16 slots of a channel, which are 16 tokens of one block, and the same of every kLanes-th channel on. They become 32
+// bytes of the channel's row in a panel of 64 tokens. What eight lanes copy are eight channels of a block.
+template <class Shared> struct CodesOfChannels {
+  static constexpr int32_t kHole = -1;
+  static constexpr int kRun = 16, kLanes = kWarp / (Shared::kRowsOfWarp / kRun), kLoads = Shared::kDim / kLanes;
+  static QKV_DEVICE bool are_keys() { return false; }
+  static QKV_DEVICE int first_token() { return first_produced_row<Shared::kRowsOfWarp>() + forget(lane_index()) / kLanes * kRun; }
+
+  const AttentionParams &params;
+  const quantkv_half &half;
+  int32_t begin, end;        // positions that are seen, from this lane's first token of a tile at 0 on
+  const int32_t *table;      // of the sequence
+  const unsigned char *head; // of block 0, this lane's first channel
+
+  QKV_DEVICE CodesOfChannels(const AttentionParams &params, const Piece &piece)
+      : params(params), half(params.op.cache.v), begin(piece.begin - first_token()), end(piece.end - first_token()),
+        table(params.op.block_tables + piece.seq * params.op.block_table_stride) {
+    head = static_cast<const unsigned char *>(half.codes) + row_index(half.map, 0, piece.kv_head, 0) +
+           channel_index(half, forget(lane_index()) % kLanes);
+  }
+  static QKV_DEVICE int offset() {
+    const int token = first_token();
+    return token / 64 * (Shared::kDim * kPanelRow) + panel_offset(lane_index() % kLanes, token % 64 / 8);
+  }
+  static QKV_DEVICE int offset_of(int load) { return load * kLanes * kPanelRow; }
+  QKV_DEVICE bool is_seen(int32_t tile) const { return tile + kRun > begin && tile < end; }
+  QKV_DEVICE int32_t entry_of(int32_t tile) const { return is_seen(tile) ? table[(tile + first_token()) >> params.paging.block_shift] : kHole; }
+  QKV_DEVICE int32_t block_of_entry(int32_t entry, int32_t tile) const {
+    return is_seen(tile) && checked_block(params.paging, entry) ? entry : kHole;
+  }
+  QKV_DEVICE void copy(int32_t tile, int32_t block, unsigned char *codes, int stride) const {
+    const int32_t slot = (tile + first_token()) & (params.paging.block_size() - 1);
+    const unsigned char *from = head + (block < 0 ? 0 : block * half.map.block_stride + slot);
+    const int64_t step = kLanes * half.map.chunk_stride;
+    const int channels = half.head_dim - forget(lane_index()) % kLanes; // from this lane's first on
+    QKV_UNROLL
+    for (int i = 0; i < kLoads; i++, from += step) copy_async_16(codes + i * stride, from, block >= 0 && i * kLanes < channels);
+  }
+  // Makes zeros of tokens that nobody sees beside some that are seen: they may hold anything.
+  QKV_DEVICE void drop_unseen(int32_t tile, unsigned char *codes, int stride) const {
+    if (tile >= begin && tile + kRun <= end) return;
+    QKV_NO_UNROLL
+    for (int i = 0; i < kLoads * kRun; i++) {
+      const int32_t at = tile + i % kRun;
+      if (at < begin || at >= end) codes[i / kRun * stride + i % kRun] = 0;
+    }
+  }
+};
+
 // 8-bit codes: copied in the background, a tile ahead (or while consumers use the tile before), to where the thread that asked for
-// them finds them again; then decoded to the slot. A lane has 16 channels of a row: what eight lanes store meets all banks.
-template <class Shared>
+// them finds them again; then decoded to the slot. Codes: of rows or of channels.
+template <class Codes, class Shared>
 QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece, int32_t tiles, uint32_t first_fill, Shared &shared) {
-  constexpr int kKeys = Shared::kKeys, kPanels = Shared::kPanels, kStages = Shared::kCodeStages;
-  constexpr int kLoads = Shared::kRowsOfWarp / 8 * kPanels, kStride = kHopperProducers * 16;
-  constexpr int kAtOnce = kPanels == 4 ? 2 : 4; // for registers
-  const bool is_key = produces_keys();
-  const quantkv_half &half = is_key ? params.op.cache.k : params.op.cache.v;
-  using Source = RowSource<1, kPanels, Shared::kRowsOfWarp>;
-  const Source source(params, half, piece);
+  constexpr int kKeys = Shared::kKeys, kStages = Shared::kCodeStages, kLoads = Codes::kLoads, kStride = kHopperProducers * 16;
+  constexpr int kAtOnce = Shared::kPanels == 4 ? 2 : 4; // for registers
+  const bool is_key = Codes::are_keys();
+  const Codes source(params, piece);
   const auto own_codes = [&](int stage) {
     const int thread = Shared::kReadsThread ? reread_thread_index() : thread_index();
     return shared.codes[0][0] + (thread - kHopperConsumers) * 16 + stage * kLoads * kStride;
   };
-  // Of this lane's first chunk in row lane / 4 of the warp's first eight; the second is its neighbour.
-  const int offset = panel_offset(first_produced_row<Shared::kRowsOfWarp>() + lane_index() / 4, lane_index() % 4 * 2);
+  const int offset = Codes::offset();
 
   int32_t tile = first_tile_of<kKeys>(piece);
   int32_t block = source.block_of_entry(source.entry_of(tile), tile), entry = source.entry_of(tile + kKeys);
-  const auto copy = [&](int stage) {
-    unsigned char *const codes = own_codes(stage);
-    source.copy(tile, block, [&](int i, int panel) { return codes + (i * kPanels + panel) * kStride; });
-  };
-  copy(0);
+  source.copy(tile, block, own_codes(0), kStride);
   copy_async_commit();
   QKV_NO_UNROLL
   for (int32_t j = 0; j < tiles; j++) {
-    const uint32_t holes = ballot(block == Source::kHole);
+    const uint32_t holes = ballot(block == Codes::kHole);
     const int32_t own_tile = tile, own_block = block;
     const auto copy_next = [&] {
       if (j + 1 < tiles) {
         tile += kKeys;
         block = source.block_of_entry(entry, tile);
         entry = source.entry_of(tile + kKeys);
-        copy((j + 1) % kStages);
+        source.copy(tile, block, own_codes((j + 1) % kStages), kStride);
       }
       copy_async_commit();
     };
@@ -192,8 +252,9 @@ QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece,
     }
     copy_async_wait<kStages - 1>();
     unsigned char *even = shared.slots[ring.slot()][0] + offset, *odd = shared.slots[ring.slot()][0] + (offset ^ 16);
-    const unsigned char *const codes = own_codes(j % kStages);
-    dispatch_format(format_of(half), [&](auto tag) {
+    unsigned char *const codes = own_codes(j % kStages);
+    source.drop_unseen(own_tile, codes, kStride);
+    dispatch_format(format_of(source.half), [&](auto tag) {
       constexpr Format F = decltype(tag)::value;
       if constexpr (is_quantized(F)) {
         QKV_UNROLL
@@ -205,7 +266,7 @@ QKV_DEVICE void produce_codes(const AttentionParams &params, const Piece &piece,
           }
           QKV_UNROLL
           for (int i = 0; i < kAtOnce; i++) {
-            const int load = first + i, at = (load % kPanels * kKeys + load / kPanels * 8) * kPanelRow;
+            const int at = Codes::offset_of(first + i);
             Words<4> low, high;
             decode4_to_f16<F>(raw[i].w[0], low.w[0], low.w[1]);
             decode4_to_f16<F>(raw[i].w[1], low.w[2], low.w[3]);
@@ -257,18 +318,21 @@ QKV_DEVICE void produce_copies(const AttentionParams &params, const Piece &piece
 
 template <bool kIsCodes, class Shared>
 QKV_DEVICE void produce(const AttentionParams &params, const WorkList &list, Shared &shared) {
-  const bool steps = thread_index() == kHopperConsumers; // of K, whose last tile is done first
   uint32_t fill = 0;
   for (uint32_t n = 0;; n++) {
-    if (steps) step_pieces(params, list, n, shared);
+    if (reread_thread_index() == kHopperConsumers) step_pieces(params, list, n, shared); // of K, whose last tile is done first
     sync_warp();
     const Piece *piece = piece_of(n, shared);
     if (piece == nullptr) break;
     const int32_t tiles = tiles_of<Shared::kKeys>(*piece);
-    if constexpr (kIsCodes) {
-      produce_codes(params, *piece, tiles, fill, shared);
-    } else {
+    if constexpr (!kIsCodes) {
       produce_copies(params, *piece, tiles, fill, shared);
+    } else if constexpr (!Shared::kPacked) {
+      produce_codes<CodesOfRows<Shared>>(params, *piece, tiles, fill, shared);
+    } else if (produces_keys()) {
+      produce_codes<CodesOfRows<Shared>>(params, *piece, tiles, fill, shared);
+    } else {
+      produce_codes<CodesOfChannels<Shared>>(params, *piece, tiles, fill, shared);
     }
     fill += static_cast<uint32_t>(2 * tiles);
     piece_is_done(n, shared);

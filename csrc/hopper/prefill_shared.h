@@ -27,12 +27,15 @@ template <int kKeys> struct HopperScales<true, kKeys> {
 
 // From 128 channels on nearly all of a multiprocessor's 227 KB. Of 256, a tile has half the keys, and there is room for the codes of
 // one alone.
-template <int Dim, bool Dynamic> struct HopperShared {
+// Order of V: rows of channels, or packed, runs of slots of each channel. Rows go to panels as they are [tokens, channels], packed ones
+// as their transpose [channels, tokens].
+template <int Dim, bool Dynamic, Order O> struct HopperShared {
   static constexpr int kDim = Dim, kPanels = kDim / 64, kKeys = kHopperKeys<kDim>;
   static constexpr int kRowsOfWarp = kKeys / kHopperWarpsOfFill; // of a producer
   static constexpr int kCodeStages = kDim == 256 ? 1 : 2;
   static constexpr bool kDynamic = Dynamic;
-  static constexpr bool kReadsThread = kDynamic || kDim == 256; // again where it is needed: no register is left to keep it in
+  static constexpr bool kPacked = O == Order::Packed;
+  static constexpr bool kReadsThread = kDynamic || kPacked || kDim == 256; // again where it is needed: no register is left to keep it in
   using Scales = HopperScales<kDynamic, kKeys>;
   alignas(1024) unsigned char query[kPanels][kHopperRows * kPanelRow]; // at the end the outputs
   alignas(1024) unsigned char slots[kHopperSlots][kPanels][kKeys * kPanelRow];

@@ -113,6 +113,10 @@ struct AttentionLists {
   WorkList lists[kMaxWorkLists];
 };
 
+// How blocks hold the rows of a head: each row side by side, or as vLLM packed them, K in runs of 16 bytes of all slots, V in
+// runs of all slots a channel.
+enum class Order { Rows, Packed };
+
 // What a worker does in one go.
 struct Piece {
   int32_t seq;

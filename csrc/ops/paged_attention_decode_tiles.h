@@ -24,10 +24,6 @@ constexpr int load_width(int bytes, int lanes) {
   return bytes / lanes % 16 == 0 ? 16 : bytes / lanes % 8 == 0 ? 8 : 4;
 }
 
-// How blocks hold the rows of a head: each row side by side, or as vLLM packed them, K in runs of 16 bytes of all slots, V in
-// runs of all slots a channel.
-enum class Order { Rows, Packed };
-
 constexpr int kPackedRun = 16; // bytes of a K row that lie side by side when packed
 
 // The numbers of one instantiation: format F of K and V, head dim D of both, tiles of 8 query rows, dynamic scales.

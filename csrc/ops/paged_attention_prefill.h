@@ -9,7 +9,8 @@
 //
 // Tiles are [rows or keys, kDim] of 16-bit elements, in chunks of 8 elements (16 bytes); chunk c of row r lies at
 // c ^ (r % 8), so that the eight rows of a matrix meet all banks. Head dims that are no power of two take the next
-// larger kDim and leave the chunks past their end alone.
+// larger kDim and leave the chunks past their end alone. Packed V, of which the slots of a channel lie side by side, becomes a
+// tile of [kDim, keys], and ldmatrix has nothing to transpose.
 //
 // Range. f16 products: if the type or a scale per channel asks for it, a query row is scaled by a power of two into
 // f16's range; the factor goes to the scores. Dynamic V scales go into P, relative to the largest power of two met so
@@ -22,6 +23,8 @@ namespace quantkv {
 constexpr int kPrefillWarps = 4;
 constexpr int kPrefillThreads = kPrefillWarps * kWarp;
 
+// Whether V may be packed: of 256 channels there is no register left.
+template <int kDim> constexpr bool kPrefillUnpacks = kDim <= 128;
 template <int kDim> constexpr int kPrefillKeys = kDim <= 128 ? 64 : 32;
 
 template <int kDim> struct PrefillShared {
@@ -32,6 +35,7 @@ template <int kDim> struct PrefillShared {
   alignas(128) unsigned char tiles[2][kKeys * kDim * 2];
   // Of two tiles, the one at hand and the next:
   int32_t blocks[2][kKeys];              // where its tokens lie; -1: a hole, not to be read
+  int32_t blocks_of_runs[2][kKeys / 8];  // and eight tokens that do in one block
   float k_dynamic[2][kKeys], v_dynamic[2][kKeys];
   uint32_t present[2][kKeys / kWarp];    // a bit a token: not a hole
   float v_dynamic_max[2][kKeys / kWarp]; // over present tokens
@@ -62,6 +66,11 @@ template <int kDim> QKV_DEVICE unsigned char *chunk_of(unsigned char *tile, int 
 template <int kDim> QKV_DEVICE unsigned char *chunk_of(unsigned char *tile, int row, int chunk) {
   return tile + row * (kDim * 2) + ((chunk ^ (row & 7)) << 4);
 }
+// Chunk of eight keys in a channel's row of packed V.
+template <int kKeys> QKV_DEVICE unsigned char *chunk_of_channel(unsigned char *tile, int channel, int chunk) {
+  static_assert(kKeys == 64, "eight rows meet all banks");
+  return tile + channel * (kKeys * 2) + ((chunk ^ (channel & 7)) << 4);
+}
 
 // ---- tiles of K and V
 
@@ -83,6 +92,12 @@ QKV_DEVICE void describe_tile(const AttentionParams &params, const Piece &piece,
   int slot = (first + thread) & (params.paging.block_size() - 1);
   int64_t index = block >= 0 ? dynamic_scale_index(params.paging, block, piece.kv_head, slot) : 0;
   shared.blocks[stage][thread] = block;
+  if (slots_are_contiguous(v)) {
+    int32_t of_run = block;
+    QKV_UNROLL
+    for (int mask = 1; mask < 8; mask *= 2) of_run = larger_of(of_run, shuffle_xor(of_run, mask));
+    if (thread % 8 == 0) shared.blocks_of_runs[stage][thread / 8] = of_run;
+  }
   uint32_t present = ballot(block >= 0);
   if (lane_index() == 0) shared.present[stage][warp_index()] = present;
   if (k.dynamic != nullptr) shared.k_dynamic[stage][thread] = block >= 0 ? k.dynamic[index] : 0.0f;
@@ -112,6 +127,71 @@ QKV_DEVICE void copy_tile(const AttentionParams &params, const quantkv_half &hal
       from += is_raw ? element : 2 * element;
     }
     copy_async_16(is_raw ? to + i * 16 : chunk_of<kDim>(to, key, chunk), from, block >= 0);
+  }
+}
+
+// The way of packed V: a step is `kRun` keys of a channel, 16 bytes. A warp has eight channels at a time, which may lie side by side.
+template <int kKeys, int kRun> struct PackedStep {
+  int channel, run;
+  QKV_DEVICE explicit PackedStep(int i) : channel(i % 8 + i / (8 * (kKeys / kRun)) * 8), run(i / 8 % (kKeys / kRun)) {}
+  // Of the run's keys, a bit each.
+  QKV_DEVICE uint32_t present(const uint32_t *bits) const { return bits[run * kRun / kWarp] >> run * kRun % kWarp & ((1u << kRun) - 1); }
+};
+
+// copy_tile() of packed V: codes, kRun is 16, in the order of steps; or 16-bit elements to their chunks.
+template <int kDim, int kRun>
+QKV_DEVICE void copy_packed_tile(const AttentionParams &params, const Piece &piece, int32_t first, const int32_t *blocks, unsigned char *to) {
+  constexpr int kKeys = kPrefillKeys<kDim>, kBytes = 16 / kRun;
+  const quantkv_half &half = params.op.cache.v;
+  for (int i = thread_index(); i < kDim * kKeys / kRun; i += kPrefillThreads) {
+    const PackedStep<kKeys, kRun> step(i);
+    if (step.channel >= half.head_dim) continue;
+    const int32_t block = larger_of(blocks[step.run * kRun / 8], blocks[step.run * kRun / 8 + kRun / 8 - 1]);
+    const int32_t slot = (first + step.run * kRun) & (params.paging.block_size() - 1);
+    const unsigned char *from = static_cast<const unsigned char *>(half.codes);
+    if (block >= 0) from += element_index(half, block, piece.kv_head, slot, step.channel) * kBytes;
+    copy_async_16(kRun == 16 ? to + i * 16 : chunk_of_channel<kKeys>(to, step.channel, step.run), from, block >= 0);
+  }
+}
+
+// The codes of that to a tile of f16. What is not `present` may be anything.
+template <int kDim>
+QKV_DEVICE void decode_packed_tile(const quantkv_half &half, const unsigned char *raw, const uint32_t *present, unsigned char *to) {
+  constexpr int kKeys = kPrefillKeys<kDim>;
+  dispatch_format(format_of(half), [&](auto tag) {
+    constexpr Format F = decltype(tag)::value;
+    if constexpr (is_quantized(F)) {
+      QKV_UNROLL
+      for (int n = 0; n < kKeys * kDim / 16 / kPrefillThreads; n++) {
+        const int i = n * kPrefillThreads + thread_index();
+        const PackedStep<kKeys, 16> step(i);
+        Words<4> codes = *reinterpret_cast<const Words<4> *>(raw + i * 16);
+        const uint32_t bits = step.present(present);
+        if (bits != 0xffff) {
+          QKV_UNROLL
+          for (int j = 0; j < 4; j++) codes.w[j] &= ((bits >> 4 * j & 0xf) * 0x00204081u & 0x01010101u) * 0xffu;
+        }
+        QKV_UNROLL
+        for (int half_run = 0; half_run < 2; half_run++) {
+          Words<4> words;
+          decode4_to_f16<F>(codes.w[2 * half_run], words.w[0], words.w[1]);
+          decode4_to_f16<F>(codes.w[2 * half_run + 1], words.w[2], words.w[3]);
+          *reinterpret_cast<Words<4> *>(chunk_of_channel<kKeys>(to, step.channel, 2 * step.run + half_run)) = words;
+        }
+      }
+    }
+  });
+}
+
+// Makes 16-bit elements of packed V that are not `present` zeros.
+template <int kDim> QKV_DEVICE void drop_absent(const uint32_t *present, unsigned char *tile) {
+  constexpr int kKeys = kPrefillKeys<kDim>;
+  for (int i = thread_index(); i < kDim * kKeys / 8; i += kPrefillThreads) {
+    const PackedStep<kKeys, 8> step(i);
+    const uint32_t bits = step.present(present);
+    Words<4> *const chunk = reinterpret_cast<Words<4> *>(chunk_of_channel<kKeys>(tile, step.channel, step.run));
+    QKV_UNROLL
+    for (int j = 0; j < 4; j++) chunk->w[j] &= (bits >> 2 * j & 1) * 0xffffu | (bits >> (2 * j + 1) & 1) * 0xffff0000u;
   }
 }
 
@@ -165,8 +245,8 @@ QKV_DEVICE void multiply_queries(PrefillShared<kDim> &shared, unsigned char *key
   }
 }
 
-// o[c] += weights x channels 8c .. 8c + 8.
-template <class T, int kDim>
+// o[c] += weights x channels 8c .. 8c + 8. V is [keys, kDim], or kPacked.
+template <class T, int kDim, bool kPacked>
 QKV_DEVICE void multiply_values(unsigned char *values, int v_head_dim, const float (&p)[kPrefillKeys<kDim> / 8][4],
                                 float (&o)[kDim / 8][4]) {
   const int lane = lane_index();
@@ -179,7 +259,11 @@ QKV_DEVICE void multiply_values(unsigned char *values, int v_head_dim, const flo
     for (int c = 0; c < kDim / 8; c += 2) {
       if (c * 8 >= v_head_dim) break;
       uint32_t v[4];
-      load_matrix_x4_transposed(v, chunk_of<kDim>(values, 16 * step + lane % 16, c, lane / 16));
+      if constexpr (kPacked) {
+        load_matrix_x4(v, chunk_of_channel<kPrefillKeys<kDim>>(values, 8 * c + lane % 8 + lane / 16 * 8, 2 * step + lane / 8 % 2));
+      } else {
+        load_matrix_x4_transposed(v, chunk_of<kDim>(values, 16 * step + lane % 16, c, lane / 16));
+      }
       Products<T>::mma(o[c], weights, v[0], v[1]);
       Products<T>::mma(o[c + 1], weights, v[2], v[3]);
     }
@@ -244,6 +328,15 @@ QKV_DEVICE void attend_prefill(const AttentionParams &params, const WorkList &li
   unsigned char *k_copy = is_raw ? shared.tiles[1] : shared.tiles[0];
   unsigned char *v_copy = is_raw ? shared.tiles[1] + kKeys * kDim : shared.tiles[1];
   unsigned char *k_tile = shared.tiles[0], *v_tile = is_raw ? shared.tiles[0] : shared.tiles[1];
+  const bool is_packed = kPrefillUnpacks<kDim> && slots_are_contiguous(v);
+  const auto copy_values = [&](int32_t first, int stage) {
+    if (!is_packed) copy_tile<kDim>(params, v, piece, first, shared.blocks[stage], is_raw, v_copy);
+    else if constexpr (kPrefillUnpacks<kDim>) {
+      if (is_raw) copy_packed_tile<kDim, 16>(params, piece, first, shared.blocks_of_runs[stage], v_copy);
+      else copy_packed_tile<kDim, 8>(params, piece, first, shared.blocks_of_runs[stage], v_copy);
+    }
+    copy_async_commit();
+  };
 
   int32_t first = piece.begin / kKeys * kKeys;
   int32_t block = block_entry<kKeys>(params, piece, first);
@@ -258,8 +351,7 @@ QKV_DEVICE void attend_prefill(const AttentionParams &params, const WorkList &li
   sync_threads();
   copy_tile<kDim>(params, k, piece, first, shared.blocks[0], is_raw, k_copy);
   copy_async_commit();
-  copy_tile<kDim>(params, v, piece, first, shared.blocks[0], is_raw, v_copy);
-  copy_async_commit();
+  copy_values(first, 0);
 
   PrefillRows rows = start_prefill_rows(params, piece, k_scale, shared.query_factors);
   float o[kDim / 8][4];
@@ -306,16 +398,19 @@ QKV_DEVICE void attend_prefill(const AttentionParams &params, const WorkList &li
     copy_async_wait<1>();
     sync_threads();
     if (is_raw) {
-      decode_tile<kDim>(v, v_copy, v_tile);
+      if (!is_packed) decode_tile<kDim>(v, v_copy, v_tile);
+      else if constexpr (kPrefillUnpacks<kDim>) decode_packed_tile<kDim>(v, v_copy, shared.present[stage], v_tile);
       sync_threads();
-      copy_tile<kDim>(params, v, piece, next, shared.blocks[stage ^ 1], is_raw, v_copy);
-      copy_async_commit();
+      copy_values(next, stage ^ 1);
+    } else if (is_packed && is_masked) {
+      if constexpr (kPrefillUnpacks<kDim>) drop_absent<kDim>(shared.present[stage], v_tile);
+      sync_threads();
     }
-    multiply_values<T, kDim>(v_tile, v.head_dim, s, o);
+    if (!is_packed) multiply_values<T, kDim, false>(v_tile, v.head_dim, s, o);
+    else if constexpr (kPrefillUnpacks<kDim>) multiply_values<T, kDim, true>(v_tile, v.head_dim, s, o);
     if (!is_raw) {
       sync_threads();
-      copy_tile<kDim>(params, v, piece, next, shared.blocks[stage ^ 1], is_raw, v_copy);
-      copy_async_commit();
+      copy_values(next, stage ^ 1);
     }
   }
   copy_async_wait<0>();
