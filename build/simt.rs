@@ -68,5 +68,7 @@ pub fn build(sanitize: bool) -> Result<(), String> {
     }
     println!("cargo::rustc-link-search=native={}", folder.display());
     println!("cargo::rustc-link-lib=dylib=quantkv_cuda");
+    // Programs that nobody gives a path find it too. It comes after what LD_LIBRARY_PATH names.
+    println!("cargo::rustc-link-arg=-Wl,--enable-new-dtags,-rpath,{}", folder.display());
     Ok(())
 }

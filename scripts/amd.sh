@@ -17,6 +17,7 @@
 # runtime. The compiler is QUANTKV_HIP_CLANG, else that of .rocm, else clang-22 to clang-19; for ARCH alone
 # QUANTKV_HIP_CLANG_ARCH (QUANTKV_HIP_CLANG_GFX950), as for the library's code. QUANTKV_HIP_ARCHS: the library's
 # architectures, if not ARCH alone. With all of them in it, the same test programs serve every ARCH.
+# QUANTKV_TEST_FEATURES: features that programs of tests are built with, if not rocm alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -30,7 +31,7 @@ while [ $# -gt 0 ]; do
         --prepare) prepare_only=1 ;;
         --quick) quick=1 ;;
         --) shift; break ;;
-        *) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 2 ;;
+        *) sed -n '2,21s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
     shift
 done
@@ -140,7 +141,7 @@ fi
 [ $prepare_only = 0 ] || exit 0
 
 if [ $# -eq 0 ]; then
-    set -- cargo test --features rocm
+    set -- cargo test --features "${QUANTKV_TEST_FEATURES:-rocm}"
     for test in $(grep -lE 'devices(::rocm)?\(\)' tests/*.rs); do set -- "$@" --test "$(basename "$test" .rs)"; done
 fi
 export CARGO_TARGET_DIR=$cargo_target QUANTKV_AMD_ORDER=$order QUANTKV_AMD_EMULATED=1

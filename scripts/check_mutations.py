@@ -96,7 +96,8 @@ class Build:
     """The test programs, the objects of the library of kernels, and the commands that made them."""
 
     def __init__(self, tests):
-        command = ["cargo", "test", "--features", "cuda", "--no-run", "--message-format=json-render-diagnostics"]
+        features = os.environ.get("QUANTKV_TEST_FEATURES", "cuda")
+        command = ["cargo", "test", "--features", features, "--no-run", "--message-format=json-render-diagnostics"]
         for test in sorted({test.split("::")[0] for test in tests}):
             command += ["--test", test]
         output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout

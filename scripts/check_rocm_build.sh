@@ -105,7 +105,7 @@ kernels() {
     local out
     # The library that the tests are linked with, so that it is built once for both.
     out=$(QUANTKV_HIP_CLANG=${QUANTKV_HIP_CLANG:-$clang} QUANTKV_HIP_ARCHS=${QUANTKV_HIP_ARCHS:-$all_archs} \
-        cargo check --locked --test rocm --features rocm --message-format=json-render-diagnostics | python3 -c '
+        cargo check --locked --test rocm --features "${QUANTKV_TEST_FEATURES:-rocm}" --message-format=json-render-diagnostics | python3 -c '
 import json, sys
 for message in map(json.loads, sys.stdin):
     if message["reason"] == "build-script-executed" and "quantkv" in message["package_id"]:

@@ -9,7 +9,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-cargo build --locked --features rocm --example generate
+cargo build --locked --features "${QUANTKV_TEST_FEATURES:-rocm}" --example generate
 generate=${CARGO_TARGET_DIR:-target}/debug/examples/generate
 products_of=(portable)
 [ "${QUANTKV_REQUIRE_ROCBLAS:-0}" != 1 ] || products_of+=(rocblas)

@@ -78,7 +78,8 @@ def check_entry(mutation):
 
 
 def build_tests(names):
-    command = ["cargo", "test", "--locked", "--features", "rocm", "--no-run", "--message-format=json-render-diagnostics"]
+    features = os.environ.get("QUANTKV_TEST_FEATURES", "rocm")
+    command = ["cargo", "test", "--locked", "--features", features, "--no-run", "--message-format=json-render-diagnostics"]
     for name in names:
         command += ["--test", name]
     output = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, text=True).stdout

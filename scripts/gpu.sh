@@ -124,7 +124,7 @@ emulate() {
     "${CXX:-c++}" "${flags[@]}" -DQUANTKV_SIMT_ARCH=90 -Itesting -Icsrc -shared -Wl,-Bsymbolic -x c++ csrc/bench/*.cu \
         -x none testing/simt/*.cpp -o "$out/libquantkv_bench.so"
     QUANTKV_BENCH_LIBRARY=$(cd "$out" && pwd)/libquantkv_bench.so \
-        scripts/simt.sh "$@" -- cargo test --locked --features cuda --bench cuda -- --verify-only
+        scripts/simt.sh "$@" -- cargo test --locked --features "${QUANTKV_TEST_FEATURES:-cuda}" --bench cuda -- --verify-only
 }
 
 # ---- there -----------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@
 #
 # The crate is built as ever, for all architectures or those in QUANTKV_HIP_ARCHS; it only finds another runtime: testing/amd/hip.cpp
 # around the simulator in testing/isa (docs/isa.md). It reads what llvm-objdump-19 says of the code objects
-# (scripts/get-rocm-clang.sh; QUANTKV_LLVM_OBJDUMP names another).
+# (scripts/get-rocm-clang.sh; QUANTKV_LLVM_OBJDUMP names another). QUANTKV_TEST_FEATURES as in scripts/amd.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -86,16 +86,17 @@ left_out=(large_writes large_conversions large_moves every_16_bit_pattern vllm_s
     poison_follows long_sequences results_do_not_depend every_length_around every_head_dim every_feature prefill_over_dynamic)
 export QUANTKV_TEST_DEVICES=rocm PROPTEST_CASES=${PROPTEST_CASES:-50} PROPTEST_RNG_SEED=${PROPTEST_RNG_SEED:-81}
 
+features=${QUANTKV_TEST_FEATURES:-rocm}
 cargo_tests=()
 for test in "${tests[@]}"; do cargo_tests+=(--test "$test"); done
-cargo test --features rocm --no-run "${cargo_tests[@]}"
+cargo test --features "$features" --no-run "${cargo_tests[@]}"
 
 if [ $mode = mutations ]; then
     survivors=0
     while IFS='|' read -r for_arch test filter mutation; do
         read -r for_arch test filter <<<"$for_arch $test $filter"
         case $for_arch in "$arch" | '*') ;; *) continue ;; esac
-        if said=$(QUANTKV_ISA_MUTATION=$mutation cargo test --quiet --features rocm --test "$test" -- "$filter" 2>&1); then
+        if said=$(QUANTKV_ISA_MUTATION=$mutation cargo test --quiet --features "$features" --test "$test" -- "$filter" 2>&1); then
             survivors=$((survivors + 1))
             echo "SURVIVED: $test $filter |$mutation ($(grep -c '^isa: planted' <<<"$said") planted)"
         elif ! grep -q '^isa: planted' <<<"$said"; then
@@ -117,7 +118,7 @@ fi
 skips=()
 for name in "${left_out[@]}"; do skips+=(--skip "$name"); done
 TIMEFORMAT="isa.sh: $arch, %U s of CPU time, %R s"
-time cargo test --features rocm "${cargo_tests[@]}" -- "${skips[@]}"
+time cargo test --features "$features" "${cargo_tests[@]}" -- "${skips[@]}"
 if [ $coverage = 1 ]; then
     cat "$QUANTKV_ISA_COVERAGE"/* | awk '
         { count[$1] = $2; if (!seen[$1, $3]++) executed[$1]++ }

@@ -12,7 +12,8 @@
 #   --target-dir DIR   where cargo builds (default target/simt): what other builds have there, it need not build again
 #
 # The kernels are compiled over testing/simt, the driver is testing/mock_cuda (docs/testing-without-gpu.md). Objects
-# are kept in target/simt*, apart from those of other builds.
+# are kept in target/simt*, apart from those of other builds. QUANTKV_TEST_FEATURES: features that programs of tests are
+# built with, if not cuda alone.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -26,7 +27,7 @@ while [ $# -gt 0 ]; do
         --target-dir) cargo_target=$2; shift ;;
         --self-test) self_test_only=1 ;;
         --) shift; break ;;
-        *) sed -n '2,17s/^# \{0,1\}//p' "$0"; exit 2 ;;
+        *) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 2 ;;
     esac
     shift
 done
@@ -97,7 +98,7 @@ self_test() {
 if [ $# -eq 0 ]; then self_test; fi
 if [ "$self_test_only" = 1 ]; then exit 0; fi
 if [ $# -eq 0 ]; then
-    set -- cargo test --features cuda --test mock_driver
+    set -- cargo test --features "${QUANTKV_TEST_FEATURES:-cuda}" --test mock_driver
     for test in $(grep -l 'testing/devices.rs' tests/*.rs); do set -- "$@" --test "$(basename "$test" .rs)"; done
 fi
 
