@@ -96,7 +96,8 @@ static int fill_call(DevicePointer dst, const void *pattern, size_t width, size_
   unsigned char bytes[4];
   memcpy(bytes, pattern, width);
   const Result result = enqueue(*stream, [=] {
-    for (size_t i = 0; i < count; i++) memcpy(pointer(dst + i * width), bytes, width);
+    if (width == 1) memset(pointer(dst), bytes[0], count);
+    else for (size_t i = 0; i < count; i++) memcpy(pointer(dst + i * width), bytes, width);
     return SUCCESS;
   });
   return result == SUCCESS && wait ? drain(*stream) : result;
