@@ -234,9 +234,13 @@ template <Format A, bool kByChannel, int kVectors> QKV_DEVICE void write_packed_
   }
 }
 
+// Blocks of a multiprocessor: three, unless the compiler would spill some registers for them.
+constexpr int packed_blocks(int compute_capability) { return compute_capability == 89 || compute_capability >= 100 ? 2 : 3; }
+
 // Grid: groups of tokens, of which a block has every grid_size_x()-th; rows, a warp each, spans of heads of K before those of V.
 // p.share.rows: rows.
-template <Format A, bool kByChannel> QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, 3) cache_write_packed(const CacheWriteParams p) {
+template <Format A, bool kByChannel>
+QKV_KERNEL void QKV_LAUNCH_BOUNDS(kRowThreads, packed_blocks(QKV_COMPUTE_CAPABILITY)) cache_write_packed(const CacheWriteParams p) {
   wait_for_previous_kernel();
   const quantkv_cache &cache = p.op.cache;
   const int row = block_index_y() * (kRowThreads / kWarp) + warp_index();
