@@ -176,7 +176,7 @@ template <bool Bf16, int N = 128, int kFirst = 0, bool kReplaces = N <= 32> void
   if (kind == Kind::Columns) {
     status = QKV_LAUNCH((by_columns_kernel<Bf16, N, kFirst, kReplaces>), grid, kGroup, shared, nullptr, da.get(), db.get(), out.get());
   } else if (kind == Kind::RegisterRows) {
-    if constexpr (N < 128) {
+    if constexpr (!Bf16) {
       status = QKV_LAUNCH((register_rows_kernel<N>), grid, kGroup, shared, nullptr, da.get(), db.get(), out.get());
     }
   } else if constexpr (N >= 64) {
@@ -294,6 +294,7 @@ void test_hopper(Report &report, uint64_t) {
     products<false, 32, 32, true>(report, "multiply_columns [32], from 32", Kind::Columns, integers);
     products<false, 16, 0, true>(report, "multiply_columns [16], replacing", Kind::Columns, integers);
     products<false, 16, 32, true>(report, "multiply_columns [16], from 32", Kind::Columns, integers);
+    products<false>(report, "multiply_rows [128], A in registers", Kind::RegisterRows, integers);
     products<false, 64>(report, "multiply_rows [64], A in registers", Kind::RegisterRows, integers);
     products<false, 32>(report, "multiply_rows [32], A in registers", Kind::RegisterRows, integers);
     products<false, 16>(report, "multiply_rows [16], A in registers", Kind::RegisterRows, integers);
