@@ -14,8 +14,8 @@
 //
 // Consumers. A warpgroup starts the scores of tile j + 1 and the outputs of tile j together, and computes weights while
 // the outputs are summed. The two warpgroups take turns at starting products: one's softmax runs while the other's
-// products do. V is used as it lies, tokens along k (`by columns`; packed V, whose channels are rows, `by rows`); P goes from accumulators to the A operand in
-// registers.
+// products do. V is used as it lies, tokens along k (`by columns`; packed V, whose channels are rows, `by rows`); P goes
+// from accumulators to the A operand in registers.
 //
 // Scores, range and scales: as in ops/paged_attention_prefill.h. Dynamic scales of a tile, K's and V's,
 // come with its K: scores are multiplied by K's, weights by V's. A row's max follows its scores only when they outgrow it by
@@ -35,7 +35,7 @@ QKV_KERNEL void QKV_LAUNCH_BOUNDS(kHopperThreads, 1) attend_prefill_hopper(
     QKV_GRID_CONSTANT const AttentionParams params, QKV_GRID_CONSTANT const WorkList list) {
 #if QKV_HAS_WARPGROUP_PRODUCTS
   static_assert(kIsCodes || !kDynamic, "only codes have scales");
-  static_assert(kIsCodes || O == Order::Rows, "packed 16-bit elements are the decode kernel's");
+  static_assert(kIsCodes || O == Order::Rows, "packed 16-bit elements are ops/paged_attention_prefill.h's");
   QKV_PANELS_SHARED(memory);
   using Shared = HopperShared<kDim, kDynamic, O>;
   Shared &shared = *reinterpret_cast<Shared *>(memory);
