@@ -175,6 +175,23 @@ fn poison_follows_the_last_token() {
     }
 }
 
+/// Sequences of a tile or less, so that a block goes from piece to piece, each of another head with other scales: a lane that is
+/// ahead must not take away what others still read.
+#[test]
+fn scales_of_short_sequences() {
+    for (layout, format) in [(CacheLayout::Hnd, KvFormat::Fp8E4M3), (CacheLayout::VllmPacked, KvFormat::Fp8E5M2)] {
+        for (dim, group, scale) in [(64, 4, ScaleKind::Head), (128, 1, ScaleKind::Head), (128, 8, ScaleKind::Channel)] {
+            let geometry = Geometry::plain(layout, (3, dim), (16, 40), format);
+            let sequences = (0..100).map(|s| (s % 13, 1)).collect();
+            let parameters = simple(geometry, group, sequences);
+            check_all(
+                &build(&Parameters { dtype: DType::F16, scales: (scale, scale), ..parameters }),
+                (layout, dim, group),
+            );
+        }
+    }
+}
+
 /// Few queries a sequence, whether the call says how many or not: tiles of 8 and of 16 rows, and more rows than those.
 #[test]
 fn speculative_decode() {

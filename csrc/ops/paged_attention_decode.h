@@ -449,8 +449,8 @@ void paged_attention_decode(QKV_GRID_CONSTANT const AttentionParams params, QKV_
     share_state(state, shared);
     copy_async_wait<0>();
     if (next_found.is_there) make_query(queries[(number + 1) % 2], params, next_found.piece, warp.k_scale[lane_index()]);
+    const float v_scale = warp.v_scale[number % 2]; // a lane that is ahead puts that of the piece after the next one there
     sync_threads();
-    const float v_scale = warp.v_scale[number % 2];
     if (!next_found.is_there) {
       write_rows<Shape, true>(params, list, piece, work.worker, v_scale, found.merged, shared);
       break;
