@@ -9,6 +9,7 @@
 use std::arch::x86_64::*;
 
 use super::kernels::{Ahead, Decode, Direct, Kernels, Pv, Qk, Softmax};
+use super::panel::{self, Product, Slots};
 use super::simd::{Simd, copy_tail};
 use super::{avx2_e4m3, kernels};
 use crate::codec::Codec;
@@ -21,6 +22,9 @@ pub(super) fn kernels<F: Codec>() -> Kernels {
         qk: if e4m3 { avx2_e4m3::qk::<F> } else { qk::<F> },
         pv: if e4m3 { avx2_e4m3::pv::<F> } else { pv::<F> },
         decode: decode::<F>,
+        decode_transposed: decode_transposed::<F>,
+        product,
+        transpose_slots,
         softmax,
         prefetch,
         decode_scale: Avx2::decode_scale(F::FORMAT),
@@ -41,6 +45,9 @@ with_features! {
     unsafe fn qk<F: Codec>(a: &Qk<'_>) = kernels::qk::<Direct<Avx2, F>, 8, 4, 2, 1>(a);
     unsafe fn pv<F: Codec>(a: &Pv<'_>) = kernels::pv::<Direct<Avx2, F>>(a);
     unsafe fn decode<F: Codec>(a: &Decode<'_>) = kernels::decode::<Avx2, F>(a);
+    unsafe fn decode_transposed<F: Codec>(a: &Decode<'_>) = panel::decode_transposed::<Avx2, F>(a);
+    unsafe fn product(a: &Product<'_>) = panel::product::<Avx2>(a);
+    unsafe fn transpose_slots(a: &Slots) -> usize = panel::transpose_slots::<Avx2>(a);
     unsafe fn prefetch(a: &Ahead<'_>, tokens: usize) = kernels::prefetch::<Avx2>(a, tokens);
     unsafe fn softmax(a: &Softmax) -> (f32, f32) = kernels::softmax::<Avx2>(a);
 }
@@ -48,6 +55,7 @@ with_features! {
 /// The methods of `Avx2` that are instructions and nothing else.
 macro_rules! instructions {
     ($(unsafe fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:expr;)*) => {$(
+        #[allow(clippy::needless_range_loop)] // see transpose_decoded
         #[inline(always)]
         unsafe fn $name($($arg: $ty),*) $(-> $ret)? {
             // SAFETY: the instructions belong to the features `Isa::Avx2` tests for and the shells
@@ -110,6 +118,7 @@ impl Simd for Avx2 {
     type Unit = [__m256; 2];
     const LANES: usize = 8;
     const VECS: usize = 2;
+    const SLOT_CHANNELS: usize = 32;
 
     instructions! {
         unsafe fn splat(x: f32) -> __m256 = _mm256_set1_ps(x);
@@ -148,6 +157,54 @@ impl Simd for Avx2 {
             let quads = |i: usize| _mm256_hadd_ps(_mm256_hadd_ps(a[i], a[i + 1]), _mm256_hadd_ps(a[i + 2], a[i + 3]));
             let (x, y) = (quads(0), quads(4));
             _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(x, y), _mm256_permute2f128_ps::<0x31>(x, y))
+        };
+        unsafe fn transpose(a: &mut [__m256; 16]) = {
+            // Of each four rows: vector k has in its 128-bit lane L the four elements of column 4L + k.
+            for i in [0, 4] {
+                let x = _mm256_castps_pd(_mm256_unpacklo_ps(a[i], a[i + 1]));
+                let y = _mm256_castps_pd(_mm256_unpacklo_ps(a[i + 2], a[i + 3]));
+                let z = _mm256_castps_pd(_mm256_unpackhi_ps(a[i], a[i + 1]));
+                let w = _mm256_castps_pd(_mm256_unpackhi_ps(a[i + 2], a[i + 3]));
+                a[i] = _mm256_castpd_ps(_mm256_unpacklo_pd(x, y));
+                a[i + 1] = _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
+                a[i + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(z, w));
+                a[i + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(z, w));
+            }
+            for k in 0..4 {
+                let (x, y) = (a[k], a[4 + k]);
+                a[k] = _mm256_permute2f128_ps::<0x20>(x, y);
+                a[4 + k] = _mm256_permute2f128_ps::<0x31>(x, y);
+            }
+        };
+        unsafe fn transpose_slots(src: *const u8, src_stride: usize, dst: *mut u8, dst_stride: usize, wide: bool) = {
+            let mut x = [_mm256_setzero_si256(); 16];
+            for i in 0..16 {
+                // Lane L: the slots of channel 16L + i.
+                let first = src.add(i * src_stride).cast::<__m128i>();
+                x[i] = _mm256_set_m128i(_mm_loadu_si128(first.byte_add(16 * src_stride)), _mm_loadu_si128(first));
+            }
+            // In each lane, byte i of vector j becomes byte j of vector i: four times, bytes of vectors i and i + 8 are
+            // interleaved.
+            for _ in 0..4 {
+                let y = x;
+                for i in 0..8 {
+                    x[2 * i] = _mm256_unpacklo_epi8(y[i], y[i + 8]);
+                    x[2 * i + 1] = _mm256_unpackhi_epi8(y[i], y[i + 8]);
+                }
+            }
+            if !wide {
+                for i in 0..16 {
+                    _mm256_storeu_si256(dst.add(i * dst_stride).cast(), x[i]);
+                }
+                return;
+            }
+            // Vectors 2i and 2i + 1 have the lower and the upper bytes of slot i.
+            for i in 0..8 {
+                let (y, z) = (_mm256_unpacklo_epi8(x[2 * i], x[2 * i + 1]), _mm256_unpackhi_epi8(x[2 * i], x[2 * i + 1]));
+                let row = dst.add(i * dst_stride);
+                _mm256_storeu_si256(row.cast(), _mm256_permute2x128_si256::<0x20>(y, z));
+                _mm256_storeu_si256(row.add(32).cast(), _mm256_permute2x128_si256::<0x31>(y, z));
+            }
         };
         unsafe fn prefetch(p: *const u8) = _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }

@@ -15,7 +15,11 @@
 use std::arch::x86_64::*;
 
 use super::kernels::{Ahead, Decode, Direct, Kernels, Pv, Qk, Softmax};
-use super::{kernels, simd::Simd};
+use super::panel::{self, Product, Slots};
+use super::{
+    kernels,
+    simd::{Simd, transpose_decoded},
+};
 use crate::codec::{Codec, e4m3, e4m3fnuz, e5m2};
 use crate::format::KvFormat;
 
@@ -25,6 +29,9 @@ pub(super) fn kernels<F: Codec>() -> Kernels {
         qk: qk::<F>,
         pv: pv::<F>,
         decode: decode::<F>,
+        decode_transposed: decode_transposed::<F>,
+        product,
+        transpose_slots,
         softmax,
         prefetch,
         decode_scale: Avx512::decode_scale(F::FORMAT),
@@ -45,6 +52,9 @@ with_features! {
     unsafe fn qk<F: Codec>(a: &Qk<'_>) = kernels::qk::<Direct<Avx512, F>, 16, 8, 4, 2>(a);
     unsafe fn pv<F: Codec>(a: &Pv<'_>) = kernels::pv::<Direct<Avx512, F>>(a);
     unsafe fn decode<F: Codec>(a: &Decode<'_>) = kernels::decode::<Avx512, F>(a);
+    unsafe fn decode_transposed<F: Codec>(a: &Decode<'_>) = panel::decode_transposed::<Avx512, F>(a);
+    unsafe fn product(a: &Product<'_>) = panel::product::<Avx512>(a);
+    unsafe fn transpose_slots(a: &Slots) -> usize = panel::transpose_slots::<Avx512>(a);
     unsafe fn prefetch(a: &Ahead<'_>, tokens: usize) = kernels::prefetch::<Avx512>(a, tokens);
     unsafe fn softmax(a: &Softmax) -> (f32, f32) = kernels::softmax::<Avx512>(a);
 }
@@ -125,9 +135,50 @@ unsafe fn lookup<F: Codec>(codes: __m512i) -> [__m512; 4] {
     }
 }
 
+/// (x, y): x0+x2, y0+y2, x1+x3, y1+y3 of each 128-bit lane.
+#[inline(always)]
+unsafe fn sum_pairs(x: __m512, y: __m512) -> __m512d {
+    // SAFETY: AVX-512 F, see `Avx512`.
+    unsafe { _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y))) }
+}
+
+/// Four inputs: their lane sums, side by side in each 128-bit lane.
+#[inline(always)]
+unsafe fn sum_quads(a: &[__m512; 16], i: usize) -> __m512 {
+    // SAFETY: AVX-512 F, see `Avx512`.
+    unsafe {
+        let (x, y) = (sum_pairs(a[i], a[i + 1]), sum_pairs(a[i + 2], a[i + 3]));
+        _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)))
+    }
+}
+
+/// Lanes 0 + 2 and 1 + 3 of x, then those of y.
+#[inline(always)]
+unsafe fn sum_halves(x: __m512, y: __m512) -> __m512 {
+    // SAFETY: AVX-512 F, see `Avx512`.
+    unsafe { _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(x, y), _mm512_shuffle_f32x4::<0xee>(x, y)) }
+}
+
+/// In each 128-bit lane, byte `i` of vector `j` becomes byte `j` of vector `i`: four times, bytes of vectors `i` and
+/// `i + 8` are interleaved.
+#[inline(always)]
+unsafe fn transpose_bytes(x: &mut [__m512i; 16]) {
+    // SAFETY: AVX-512 BW, see `Avx512`.
+    unsafe {
+        for _ in 0..4 {
+            let y = *x;
+            for i in 0..8 {
+                x[2 * i] = _mm512_unpacklo_epi8(y[i], y[i + 8]);
+                x[2 * i + 1] = _mm512_unpackhi_epi8(y[i], y[i + 8]);
+            }
+        }
+    }
+}
+
 /// The methods of `Avx512` that are instructions and nothing else.
 macro_rules! instructions {
     ($(unsafe fn $name:ident($($arg:ident: $ty:ty),*) $(-> $ret:ty)? = $body:expr;)*) => {$(
+        #[allow(clippy::needless_range_loop)] // see transpose_decoded
         #[inline(always)]
         unsafe fn $name($($arg: $ty),*) $(-> $ret)? {
             // SAFETY: the instructions belong to the features `Isa::Avx512` tests for and the shells
@@ -146,6 +197,7 @@ impl Simd for Avx512 {
     type Unit = [__m512; 4];
     const LANES: usize = 16;
     const VECS: usize = 4;
+    const SLOT_CHANNELS: usize = 64;
 
     instructions! {
         unsafe fn splat(x: f32) -> __m512 = _mm512_set1_ps(x);
@@ -177,18 +229,57 @@ impl Simd for Avx512 {
         unsafe fn largest(v: __m512) -> f32 = _mm512_reduce_max_ps(v);
         unsafe fn sum(v: __m512) -> f32 = _mm512_reduce_add_ps(v);
         unsafe fn sum_each(a: &[__m512; 16]) -> __m512 = {
-            // (x, y): x0+x2, y0+y2, x1+x3, y1+y3 of each 128-bit lane.
-            let pairs = |x, y| _mm512_add_ps(_mm512_unpacklo_ps(x, y), _mm512_unpackhi_ps(x, y));
-            // Four inputs: their lane sums, side by side in each 128-bit lane.
-            let quads = |i: usize| {
-                let x = _mm512_castps_pd(pairs(a[i], a[i + 1]));
-                let y = _mm512_castps_pd(pairs(a[i + 2], a[i + 3]));
-                _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(x, y)), _mm512_castpd_ps(_mm512_unpackhi_pd(x, y)))
-            };
-            let halves = |x, y| _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(x, y), _mm512_shuffle_f32x4::<0xee>(x, y));
-            let x = halves(quads(0), quads(4));
-            let y = halves(quads(8), quads(12));
+            let x = sum_halves(sum_quads(a, 0), sum_quads(a, 4));
+            let y = sum_halves(sum_quads(a, 8), sum_quads(a, 12));
             _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(x, y), _mm512_shuffle_f32x4::<0xdd>(x, y))
+        };
+        unsafe fn transpose(a: &mut [__m512; 16]) = {
+            // Of each four rows: vector k has in its 128-bit lane L the four elements of column 4L + k.
+            for i in [0, 4, 8, 12] {
+                let x = _mm512_castps_pd(_mm512_unpacklo_ps(a[i], a[i + 1]));
+                let y = _mm512_castps_pd(_mm512_unpacklo_ps(a[i + 2], a[i + 3]));
+                let z = _mm512_castps_pd(_mm512_unpackhi_ps(a[i], a[i + 1]));
+                let w = _mm512_castps_pd(_mm512_unpackhi_ps(a[i + 2], a[i + 3]));
+                a[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+                a[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+                a[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(z, w));
+                a[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(z, w));
+            }
+            for k in 0..4 {
+                let (x, y) = (_mm512_shuffle_f32x4::<0x88>(a[k], a[4 + k]), _mm512_shuffle_f32x4::<0xdd>(a[k], a[4 + k]));
+                let (z, w) = (_mm512_shuffle_f32x4::<0x88>(a[8 + k], a[12 + k]), _mm512_shuffle_f32x4::<0xdd>(a[8 + k], a[12 + k]));
+                a[k] = _mm512_shuffle_f32x4::<0x88>(x, z);
+                a[4 + k] = _mm512_shuffle_f32x4::<0x88>(y, w);
+                a[8 + k] = _mm512_shuffle_f32x4::<0xdd>(x, z);
+                a[12 + k] = _mm512_shuffle_f32x4::<0xdd>(y, w);
+            }
+        };
+        unsafe fn transpose_slots(src: *const u8, src_stride: usize, dst: *mut u8, dst_stride: usize, wide: bool) = {
+            let mut x = [_mm512_setzero_si512(); 16];
+            for i in 0..16 {
+                // Lane L: the slots of channel 16L + i.
+                let first = src.add(i * src_stride).cast::<__m128i>();
+                let step = 16 * src_stride;
+                x[i] = _mm512_castsi128_si512(_mm_loadu_si128(first));
+                x[i] = _mm512_inserti32x4::<1>(x[i], _mm_loadu_si128(first.byte_add(step)));
+                x[i] = _mm512_inserti32x4::<2>(x[i], _mm_loadu_si128(first.byte_add(2 * step)));
+                x[i] = _mm512_inserti32x4::<3>(x[i], _mm_loadu_si128(first.byte_add(3 * step)));
+            }
+            transpose_bytes(&mut x);
+            if !wide {
+                for i in 0..16 {
+                    _mm512_storeu_si512(dst.add(i * dst_stride).cast(), x[i]);
+                }
+                return;
+            }
+            // Vectors 2i and 2i + 1 have the lower and the upper bytes of slot i.
+            let (first, second) = (_mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15));
+            for i in 0..8 {
+                let (y, z) = (_mm512_unpacklo_epi8(x[2 * i], x[2 * i + 1]), _mm512_unpackhi_epi8(x[2 * i], x[2 * i + 1]));
+                let row = dst.add(i * dst_stride);
+                _mm512_storeu_si512(row.cast(), _mm512_permutex2var_epi64(y, first, z));
+                _mm512_storeu_si512(row.add(64).cast(), _mm512_permutex2var_epi64(y, second, z));
+            }
         };
         unsafe fn prefetch(p: *const u8) = _mm_prefetch::<_MM_HINT_T0>(p.cast());
     }
@@ -217,6 +308,30 @@ impl Simd for Avx512 {
                     [load(0), load(1), load(2), load(3)]
                 }
                 _ => lookup::<F>(_mm512_maskz_loadu_epi8(mask, src.cast())),
+            }
+        }
+    }
+
+    #[allow(clippy::needless_range_loop)]
+    #[inline(always)]
+    unsafe fn decode_transposed<F: Codec>(rows: &[*const u8], at: usize, n: usize, dst: *mut f32, stride: usize) {
+        // SAFETY: as in `instructions` and `decode`; the caller's promises of `rows` and `dst`.
+        unsafe {
+            if F::BYTES != 1 {
+                return transpose_decoded::<Self, F>(rows, at, n, dst, stride);
+            }
+            // Codes are transposed, a quarter of the work: lane L of vector i then has the 16 codes of channel 16L + i.
+            let mask = if n >= 64 { u64::MAX } else { (1 << n) - 1 };
+            let mut x = [_mm512_setzero_si512(); 16];
+            for i in 0..16 {
+                x[i] = _mm512_maskz_loadu_epi8(mask, rows[i].add(at).cast());
+            }
+            transpose_bytes(&mut x);
+            for i in 0..16 {
+                let channels = lookup::<F>(x[i]);
+                for v in 0..4 {
+                    _mm512_storeu_ps(dst.add((16 * v + i) * stride), channels[v]);
+                }
             }
         }
     }

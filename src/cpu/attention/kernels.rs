@@ -9,13 +9,14 @@
 //! qk       scores[r][t] = q[r] . decode(k[t])       R rows x T tokens of accumulators, R*T = LANES
 //! softmax  scores[r][t] -> probabilities, and the row's running maximum
 //! pv       acc[r] = acc[r]*alpha[r] + sum_t p[r][t] * decode(v[t])
-//! decode   f32 rows, for blocks of many query rows that share a tile
+//! decode   f32 rows, for blocks of many query rows that share a tile: panel.rs multiplies them
 //! ```
 //! `qk` ends each group of dot products with one transposing reduction that leaves `LANES` sums in
 //! one vector: horizontal sums one by one would cost more than the products.
 
 use std::marker::PhantomData;
 
+use super::panel::{Product, Slots};
 use super::simd::{LOG2_E, Simd, exp2, tanh};
 use crate::codec::{Codec, with_codec};
 use crate::format::KvFormat;
@@ -109,6 +110,10 @@ pub(super) struct Kernels {
     pub(super) qk: unsafe fn(&Qk<'_>),
     pub(super) pv: unsafe fn(&Pv<'_>),
     pub(super) decode: unsafe fn(&Decode<'_>),
+    /// See [`super::panel`].
+    pub(super) decode_transposed: unsafe fn(&Decode<'_>),
+    pub(super) product: unsafe fn(&Product<'_>),
+    pub(super) transpose_slots: unsafe fn(&Slots) -> usize,
     /// Returns the new maximum and the sum of the probabilities.
     pub(super) softmax: unsafe fn(&Softmax) -> (f32, f32),
     /// Prefetches the first rows.

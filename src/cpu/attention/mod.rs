@@ -11,6 +11,7 @@
 //! so neither the number of threads nor their timing shows in the result.
 
 mod kernels;
+mod panel;
 mod plan;
 mod portable;
 mod simd;
@@ -36,7 +37,7 @@ use self::tile::{Context, Pair, Scratch, Span, attend, rescale};
 use super::CpuBackend;
 use crate::args::{PagedAttention, RowStrides};
 use crate::faults::FaultWord;
-use crate::format::{Element, KvFormat};
+use crate::format::Element;
 use crate::isa::Isa;
 use crate::scale::ScaleRef;
 
@@ -59,7 +60,6 @@ pub(super) fn run<T: Element>(op: PagedAttention<'_, CpuBackend, T>, isa: Isa, f
             k: !op.shape.k_map.rows_are_contiguous(spec.k_head_dim),
             v: !op.shape.v_map.rows_are_contiguous(spec.v_head_dim),
         },
-        decoded: Kernels::of(isa, KvFormat::F32),
     };
     let call = Call {
         num_heads: op.num_heads,

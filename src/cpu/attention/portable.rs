@@ -6,13 +6,24 @@
 //! times the format's smallest value.
 
 use super::kernels::{self, Ahead, Decode, Direct, Kernels, Pv, Qk, Softmax};
+use super::panel::{self, Product, Slots};
 use super::simd::{Simd, copy_tail};
 use crate::codec::Codec;
 use crate::format::KvFormat;
 
 /// The kernels for elements of format `F`.
 pub(super) fn kernels<F: Codec>() -> Kernels {
-    Kernels { qk: qk::<F>, pv: pv::<F>, decode: decode::<F>, softmax, prefetch, decode_scale: 1.0 }
+    Kernels {
+        qk: qk::<F>,
+        pv: pv::<F>,
+        decode: decode::<F>,
+        decode_transposed: decode_transposed::<F>,
+        product,
+        transpose_slots,
+        softmax,
+        prefetch,
+        decode_scale: 1.0,
+    }
 }
 
 unsafe fn qk<F: Codec>(a: &Qk<'_>) {
@@ -26,6 +37,18 @@ unsafe fn pv<F: Codec>(a: &Pv<'_>) {
 unsafe fn decode<F: Codec>(a: &Decode<'_>) {
     // SAFETY: the caller's promises.
     unsafe { kernels::decode::<Portable, F>(a) }
+}
+unsafe fn decode_transposed<F: Codec>(a: &Decode<'_>) {
+    // SAFETY: the caller's promises.
+    unsafe { panel::decode_transposed::<Portable, F>(a) }
+}
+unsafe fn product(a: &Product<'_>) {
+    // SAFETY: the caller's promises.
+    unsafe { panel::product::<Portable>(a) }
+}
+unsafe fn transpose_slots(a: &Slots) -> usize {
+    // SAFETY: the caller's promises.
+    unsafe { panel::transpose_slots::<Portable>(a) }
 }
 unsafe fn prefetch(a: &Ahead<'_>, tokens: usize) {
     // SAFETY: the caller's promises.
@@ -183,6 +206,17 @@ impl Simd for Portable {
         // SAFETY: `sum` accesses no memory.
         F32x8(std::array::from_fn(|i| unsafe { Self::sum(acc[i]) }))
     }
+    #[inline(always)]
+    unsafe fn transpose(rows: &mut [F32x8; 16]) {
+        for i in 0..8 {
+            for j in 0..i {
+                (rows[i].0[j], rows[j].0[i]) = (rows[j].0[i], rows[i].0[j]);
+            }
+        }
+    }
+    const SLOT_CHANNELS: usize = 0;
+    #[inline(always)]
+    unsafe fn transpose_slots(_: *const u8, _: usize, _: *mut u8, _: usize, _: bool) {}
     #[inline(always)]
     unsafe fn prefetch(_: *const u8) {}
 

@@ -61,6 +61,13 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn sum(v: Self::V) -> f32;
     /// Lane `i` of the result is the sum of the lanes of `acc[i]`; the first `LANES` are used.
     unsafe fn sum_each(acc: &[Self::V; 16]) -> Self::V;
+    /// Lane `i` of `rows[j]` becomes lane `j` of what `rows[i]` was; of the first `LANES` of them.
+    unsafe fn transpose(rows: &mut [Self::V; 16]);
+    /// Channels that [`Simd::transpose_slots`] takes at a time; none: it does nothing.
+    const SLOT_CHANNELS: usize;
+    /// 16 bytes of each of `SLOT_CHANNELS` channels, `src_stride` bytes apart, which are 16 slots of one byte or, if `wide`, 8
+    /// of two, to a row for each slot, `dst_stride` bytes apart.
+    unsafe fn transpose_slots(src: *const u8, src_stride: usize, dst: *mut u8, dst_stride: usize, wide: bool);
     /// Starts loading the cache line at `p`, which need not be readable.
     unsafe fn prefetch(p: *const u8);
 
@@ -68,9 +75,48 @@ pub(super) trait Simd: Copy + 'static {
     /// [`Simd::decode_scale`]; the rest is zero. Reads no byte past the `n`th element.
     unsafe fn decode<F: Codec>(src: *const u8, n: usize) -> Self::Unit;
 
+    /// [`Simd::decode`] of the elements `at` bytes into each of `LANES` rows, transposed: element `i` of all rows goes to
+    /// `dst + i * stride`; of a whole unit, and zeros from `n` on.
+    #[inline(always)]
+    unsafe fn decode_transposed<F: Codec>(rows: &[*const u8], at: usize, n: usize, dst: *mut f32, stride: usize) {
+        // SAFETY: the caller's promises.
+        unsafe { transpose_decoded::<Self, F>(rows, at, n, dst, stride) }
+    }
+
     /// The power of two by which decoded elements are too small; the caller folds it into its
     /// own scale.
     fn decode_scale(format: KvFormat) -> f32;
+}
+
+/// [`Simd::decode_transposed`] by transposing f32, for every format.
+// Index loops of constant length over arrays of registers: what the compiler unrolls. Closures and iterators may become
+// calls, which have not the caller's instructions.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+pub(super) unsafe fn transpose_decoded<S: Simd, F: Codec>(
+    rows: &[*const u8],
+    at: usize,
+    n: usize,
+    dst: *mut f32,
+    stride: usize,
+) {
+    const { assert!(S::VECS <= 4 && S::LANES <= 16) }
+    // SAFETY: the caller's promises.
+    unsafe {
+        let mut x = [[S::splat(0.0); 16]; 4];
+        for i in 0..S::LANES {
+            let unit = S::decode::<F>(rows[i].add(at), n);
+            for v in 0..S::VECS {
+                x[v][i] = unit.as_ref()[v];
+            }
+        }
+        for v in 0..S::VECS {
+            S::transpose(&mut x[v]);
+            for i in 0..S::LANES {
+                S::store(dst.add((v * S::LANES + i) * stride), x[v][i]);
+            }
+        }
+    }
 }
 
 /// `log2(e)`: scores are kept in the exp2 domain.

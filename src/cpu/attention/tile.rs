@@ -3,7 +3,7 @@
 //! ```text
 //! for each tile of TILE positions some row sees, for each KV head:
 //!     find its rows (pages, bad blocks); many query rows: decode it to f32 once
-//!     scores = Q K^T;  online softmax a row;  acc = acc*alpha + P V
+//!     scores = Q K^T;  online softmax a row;  acc = acc*alpha + P V      (panel.rs where it is decoded)
 //! ```
 //! The result is a state a row: running maximum (exp2 units), sum of weights and accumulated
 //! values, not yet divided. While a kernel works it prefetches the rows of the one after it: pages
@@ -11,8 +11,9 @@
 //! by side (NHD), the next tile of all heads is prefetched instead, in the order it lies in memory.
 
 use super::kernels::{Ahead, DIRECT_ROWS, Kernels, PAD, Pv, Qk, Rows, Softmax, TILE, padded_rows};
+use super::panel;
 use super::simd::LOG2_E;
-use super::tile_rows::{Found, decode, find, gather_dynamic, unpack};
+use super::tile_rows::{Found, find, gather_dynamic, unpack};
 use crate::args::{AttentionParams, LayerRef};
 use crate::cpu::CpuBackend;
 use crate::faults::FaultWord;
@@ -20,7 +21,7 @@ use crate::layout::{CacheShape, Half};
 
 /// Query rows of one item at most: enough to amortize decoding a tile, few enough that queries,
 /// scores and the tile stay in the L2 cache.
-pub(super) const MAX_ROWS: usize = 64;
+pub(super) const MAX_ROWS: usize = 128;
 
 /// What all items of a call share.
 pub(super) struct Context<'a> {
@@ -36,8 +37,6 @@ pub(super) struct Context<'a> {
     pub(super) kernels: Pair<Kernels>,
     /// Whether rows lie in pieces and must be gathered.
     pub(super) packed: Pair<bool>,
-    /// Kernels over decoded tiles.
-    pub(super) decoded: Kernels,
 }
 
 /// Something of K and of V.
@@ -203,7 +202,7 @@ pub(super) fn attend(ctx: &Context<'_>, spans: &[Span], scratches: &mut [Scratch
             prefetch(&ctx.kernels.k, &slice.k, Half::K);
             prefetch(&ctx.kernels.v, &slice.v, Half::V);
         }
-    } else if !ctx.packed.k {
+    } else {
         prefetch(&ctx.kernels.k, &found.k, Half::K);
     }
     while start < end {
@@ -231,7 +230,7 @@ pub(super) fn attend(ctx: &Context<'_>, spans: &[Span], scratches: &mut [Scratch
 /// Whether a token's rows of neighbouring KV heads lie side by side.
 fn heads_are_neighbours(ctx: &Context<'_>, half: Half) -> bool {
     let bytes = row_bytes(ctx, half);
-    bytes > 0 && ctx.shape.map(half).head_stride * ctx.shape.spec.format(half).bytes() == bytes
+    ctx.shape.map(half).head_stride * ctx.shape.spec.format(half).bytes() == bytes
 }
 
 /// Slice `i` of a tile of `heads` neighbouring heads, of which `tile` is the first one's: TILE rows,
@@ -247,14 +246,10 @@ fn tile_slice(ctx: &Context<'_>, tile: &Found, i: usize, heads: usize) -> Pair<R
     slice
 }
 
-/// Bytes of a row to prefetch; none where rows lie in pieces.
+/// Bytes of a row.
 fn row_bytes(ctx: &Context<'_>, half: Half) -> usize {
-    let packed = match half {
-        Half::K => ctx.packed.k,
-        Half::V => ctx.packed.v,
-    };
     let spec = &ctx.shape.spec;
-    if packed { 0 } else { spec.head_dim(half) * spec.format(half).bytes() }
+    spec.head_dim(half) * spec.format(half).bytes()
 }
 
 /// Adds one tile to the states of one KV head's rows, and prefetches the rows of `ahead`: V while K is
@@ -278,17 +273,18 @@ fn attend_tile(ctx: &Context<'_>, span: &Span, found: &Found, ahead: Pair<&Rows>
     if packed.k {
         unpack(ctx, span, Half::K, found, codes, &mut keys);
     }
-    let mut kernels = ctx.kernels.k;
-    if decode_tiles {
-        decode(&kernels, &mut keys, len, spec.k_head_dim, tile, q_stride);
-        kernels = ctx.decoded;
-    }
+    let kernels = &ctx.kernels;
     let (q, p) = (q.as_ptr(), scores.as_mut_ptr());
     let values_ahead = Ahead { rows: ahead.v, bytes: row_bytes(ctx, Half::V) };
     let qk = Qk { q, q_stride, rows, keys: &keys, tokens: len, dim: spec.k_head_dim, ahead: values_ahead, scores: p };
-    // SAFETY: `q` and `scores` have padded rows; every pointer of `keys` is a row of the cache,
-    // of scratch or of ZEROS, each at least `dim` elements long; see `find`.
-    unsafe { (kernels.qk)(&qk) };
+    // SAFETY: `q` and `scores` have padded rows; every pointer of `keys` is a row of the cache, of scratch or of ZEROS,
+    // each at least `dim` elements long, see `find`; `tile` has room for `dim` rows of TILE, rounded up to PAD.
+    unsafe {
+        match decode_tiles {
+            true => panel::qk(&kernels.k, &qk, tile.as_mut_ptr()),
+            false => (kernels.k.qk)(&qk),
+        }
+    };
 
     let k_dynamic = gather_dynamic(ctx, span, Half::K, found, k_dynamic);
     let v_dynamic = gather_dynamic(ctx, span, Half::V, found, v_dynamic);
@@ -321,11 +317,6 @@ fn attend_tile(ctx: &Context<'_>, span: &Span, found: &Found, ahead: Pair<&Rows>
     if packed.v {
         unpack(ctx, span, Half::V, found, codes, &mut values);
     }
-    let mut kernels = ctx.kernels.v;
-    if decode_tiles {
-        decode(&kernels, &mut values, len, spec.v_head_dim, tile, acc_stride);
-        kernels = ctx.decoded;
-    }
     let pv = Pv {
         p,
         rows,
@@ -337,8 +328,13 @@ fn attend_tile(ctx: &Context<'_>, span: &Span, found: &Found, ahead: Pair<&Rows>
         acc: acc.as_mut_ptr(),
         acc_stride,
     };
-    // SAFETY: as for `qk`; `visible` ranges end at `len`.
-    unsafe { (kernels.pv)(&pv) };
+    // SAFETY: as for `qk`; `visible` ranges end at `len`; `tile` has room for `len` rows of `acc_stride`.
+    unsafe {
+        match decode_tiles {
+            true => panel::pv(&kernels.v, &pv, len, tile.as_mut_ptr()),
+            false => (kernels.v.pv)(&pv),
+        }
+    };
     (scratch.max, scratch.sum, scratch.alpha, scratch.visible) = (max, sum, alpha, visible);
 }
 

@@ -1,7 +1,8 @@
 //! The rows of a tile: where the block table says they are, which have none; gathered where a layout
-//! packs them, decoded where that is worth it, with their dynamic scales.
+//! packs them, with their dynamic scales.
 
-use super::kernels::{Decode, Kernels, PAD, Rows, TILE};
+use super::kernels::{PAD, Rows, TILE};
+use super::panel::Slots;
 use super::tile::{Context, Span};
 use crate::cpu::ragged::checked_block;
 use crate::cpu::rows::transpose_8x8;
@@ -49,12 +50,17 @@ pub(super) fn find(ctx: &Context<'_>, span: &Span, start: usize, first: usize, e
     let zeros = ZEROS.0.as_ptr();
     let len = end.saturating_sub(start).min(TILE);
     let mut found = Found { k: [zeros; TILE], v: [zeros; TILE], bad: 0, start, len };
-    let side = |half: Half, cache: &[u8]| {
-        let (map, bytes) = (ctx.shape.map(half), ctx.shape.spec.format(half).bytes());
-        (cache.as_ptr().wrapping_add(span.kv_head * map.head_stride * bytes), *map, bytes)
+    let side = |half: Half, cache: &[u8], is_packed: bool| {
+        let (mut map, bytes) = (*ctx.shape.map(half), ctx.shape.spec.format(half).bytes());
+        if is_packed {
+            // Nobody reads these rows, see `unpack`. They are the memory of a block's slots in pieces of a row's size, to be
+            // prefetched as rows are.
+            map.slot_stride = ctx.shape.spec.head_dim(half);
+        }
+        (cache.as_ptr().wrapping_add(span.kv_head * map.head_stride * bytes), map, bytes)
     };
-    let (k, k_map, k_bytes) = side(Half::K, ctx.cache.k);
-    let (v, v_map, v_bytes) = side(Half::V, ctx.cache.v);
+    let (k, k_map, k_bytes) = side(Half::K, ctx.cache.k, ctx.packed.k);
+    let (v, v_map, v_bytes) = side(Half::V, ctx.cache.v, ctx.packed.v);
     let unseen = FaultWord::default();
     for_each_run(ctx, span, start, len, |at, entry, slot, run| {
         let faults = if start + at + run > first { &ctx.faults } else { &unseen };
@@ -91,16 +97,29 @@ pub(super) fn unpack(ctx: &Context<'_>, span: &Span, half: Half, found: &Found, 
     let codes = unsafe { std::slice::from_raw_parts_mut(codes.as_mut_ptr().cast::<u8>(), codes.len() * 4) };
     for_each_run(ctx, span, found.start, found.len, |at, entry, slot, run| {
         let Some(block) = valid_block(ctx, entry) else { return };
-        // Byte-wide V: 8 x 8 bytes at a time. Slots past `run` are read with their neighbours, and
+        // V: 16 bytes of slots of many channels at a time, or 8 x 8 bytes. Slots past `run` are read with their neighbours, and
         // land in rows nothing points at.
-        let wide = if map.chunk * bytes == 1 { dim - dim % 8 } else { 0 };
-        for d in (0..wide).step_by(8) {
+        let (slots, mut done) = (16 / bytes, 0);
+        let whole = slot.is_multiple_of(slots) && spec.block_size.is_multiple_of(slots);
+        if map.chunk == 1 && map.slot_stride == 1 && bytes <= 2 && whole {
+            for i in (0..run).step_by(slots) {
+                let first = map.index(block, span.kv_head, slot + i, 0) * bytes;
+                let (src_stride, wide) = (map.chunk_stride * bytes, bytes == 2);
+                let src = src[first..][..(dim - 1) * src_stride + 16].as_ptr();
+                let dst = codes[(at + i) * stride..][..(slots - 1) * stride + dim * bytes].as_mut_ptr();
+                let op = Slots { src, src_stride, channels: dim, wide, dst, dst_stride: stride };
+                // SAFETY: the slices are what it reads and writes.
+                done = unsafe { (ctx.kernels.v.transpose_slots)(&op) };
+            }
+        }
+        let narrow = if map.chunk * bytes == 1 { dim - dim % 8 } else { 0 };
+        for d in (done..narrow).step_by(8) {
             for i in (0..run).step_by(8) {
                 let first = map.index(block, span.kv_head, slot + i, d);
                 copy_transposed(&src[first..], map.chunk_stride, &mut codes[(at + i) * stride + d..], stride);
             }
         }
-        for chunk in wide / map.chunk..dim / map.chunk {
+        for chunk in done.max(narrow) / map.chunk..dim / map.chunk {
             let first = map.index(block, span.kv_head, slot, chunk * map.chunk) * bytes;
             let width = map.chunk * bytes;
             let src = &src[first..][..(run - 1) * map.slot_stride * bytes + width];
@@ -135,17 +154,6 @@ fn copy_transposed(src: &[u8], src_stride: usize, dst: &mut [u8], dst_stride: us
     }
     for (j, row) in transpose_8x8(rows.map(u64::from_le_bytes)).iter().enumerate() {
         dst[j * dst_stride..][..8].copy_from_slice(&row.to_le_bytes());
-    }
-}
-
-/// Decodes the rows of a tile to f32 in `tile`, and points `rows` at them.
-pub(super) fn decode(kernels: &Kernels, rows: &mut Rows, tokens: usize, dim: usize, tile: &mut [f32], stride: usize) {
-    debug_assert!(tile.len() >= TILE * stride);
-    // SAFETY: every row holds `dim` elements of the kernels' format; `tile` has TILE rows of
-    // `stride`, a multiple of PAD.
-    unsafe { (kernels.decode)(&Decode { rows, tokens, dim, dst: tile.as_mut_ptr(), stride }) };
-    for (t, row) in rows[..tokens].iter_mut().enumerate() {
-        *row = tile[t * stride..].as_ptr().cast();
     }
 }
 
