@@ -24,6 +24,7 @@ pub(super) fn kernels<F: Codec>() -> Kernels {
         decode: decode::<F>,
         decode_transposed: decode_transposed::<F>,
         product,
+        dots,
         transpose_slots,
         softmax,
         prefetch,
@@ -47,6 +48,7 @@ with_features! {
     unsafe fn decode<F: Codec>(a: &Decode<'_>) = kernels::decode::<Avx2, F>(a);
     unsafe fn decode_transposed<F: Codec>(a: &Decode<'_>) = panel::decode_transposed::<Avx2, F>(a);
     unsafe fn product(a: &Product<'_>) = panel::product::<Avx2>(a);
+    unsafe fn dots(a: &Product<'_>) = panel::dots::<Avx2>(a);
     unsafe fn transpose_slots(a: &Slots) -> usize = panel::transpose_slots::<Avx2>(a);
     unsafe fn prefetch(a: &Ahead<'_>, tokens: usize) = kernels::prefetch::<Avx2>(a, tokens);
     unsafe fn softmax(a: &Softmax) -> (f32, f32) = kernels::softmax::<Avx2>(a);
@@ -118,6 +120,7 @@ impl Simd for Avx2 {
     type Unit = [__m256; 2];
     const LANES: usize = 8;
     const VECS: usize = 2;
+    const SUM_ORDER: &'static [usize] = &[0, 1, 2, 3, 4, 5, 6, 7];
     const SLOT_CHANNELS: usize = 32;
 
     instructions! {

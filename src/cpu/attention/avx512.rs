@@ -31,6 +31,7 @@ pub(super) fn kernels<F: Codec>() -> Kernels {
         decode: decode::<F>,
         decode_transposed: decode_transposed::<F>,
         product,
+        dots,
         transpose_slots,
         softmax,
         prefetch,
@@ -54,6 +55,7 @@ with_features! {
     unsafe fn decode<F: Codec>(a: &Decode<'_>) = kernels::decode::<Avx512, F>(a);
     unsafe fn decode_transposed<F: Codec>(a: &Decode<'_>) = panel::decode_transposed::<Avx512, F>(a);
     unsafe fn product(a: &Product<'_>) = panel::product::<Avx512>(a);
+    unsafe fn dots(a: &Product<'_>) = panel::dots::<Avx512>(a);
     unsafe fn transpose_slots(a: &Slots) -> usize = panel::transpose_slots::<Avx512>(a);
     unsafe fn prefetch(a: &Ahead<'_>, tokens: usize) = kernels::prefetch::<Avx512>(a, tokens);
     unsafe fn softmax(a: &Softmax) -> (f32, f32) = kernels::softmax::<Avx512>(a);
@@ -197,6 +199,7 @@ impl Simd for Avx512 {
     type Unit = [__m512; 4];
     const LANES: usize = 16;
     const VECS: usize = 4;
+    const SUM_ORDER: &'static [usize] = &[0, 2, 1, 3, 8, 10, 9, 11, 4, 6, 5, 7, 12, 14, 13, 15];
     const SLOT_CHANNELS: usize = 64;
 
     instructions! {

@@ -113,6 +113,7 @@ pub(super) struct Kernels {
     /// See [`super::panel`].
     pub(super) decode_transposed: unsafe fn(&Decode<'_>),
     pub(super) product: unsafe fn(&Product<'_>),
+    pub(super) dots: unsafe fn(&Product<'_>),
     pub(super) transpose_slots: unsafe fn(&Slots) -> usize,
     /// Returns the new maximum and the sum of the probabilities.
     pub(super) softmax: unsafe fn(&Softmax) -> (f32, f32),

@@ -4,9 +4,11 @@
 //! scores[r][t] = sum_d q[r][d] kt[d][t]                 kt  keys, decoded and transposed: [dim, TILE]
 //! acc[r][d]    = acc[r][d] alpha[r] + sum_t p[r][t] v[t][d]    v  values, decoded: [TILE, stride]
 //! ```
-//! Both are `out = out * factor + left * right`: an element of `left` to all lanes times a row of `right`, so that
-//! nothing is summed across lanes. [`ROWS`] rows times a unit of columns stay in registers while the depth is walked
+//! Both multiply an element of a row on the left, in all lanes, by a row on the right, so that nothing is summed across
+//! lanes. Sums are those of the kernels for few rows, bit by bit. [`ROWS`] rows times a unit of columns stay in registers while the depth is walked
 //! (24 of 32 vectors of AVX-512, 12 of 16 of AVX2): `VECS + ROWS` loads for `VECS * ROWS` fused products.
+
+use std::mem::MaybeUninit;
 
 use super::kernels::{Ahead, Decode, Kernels, Pv, Qk, TILE, prefetch_row};
 use super::simd::Simd;
@@ -14,6 +16,9 @@ use crate::codec::Codec;
 
 /// Rows of `left` at a time.
 const ROWS: usize = 6;
+
+// Enough: rows of an item that see different positions are of several queries.
+const ONES: [f32; super::tile::MAX_ROWS] = [1.0; super::tile::MAX_ROWS];
 
 /// What `kernels.qk` does, by way of a tile decoded to `tile`.
 ///
@@ -29,7 +34,7 @@ pub(super) unsafe fn qk(kernels: &Kernels, a: &Qk<'_>, tile: *mut f32) {
         right_stride: TILE,
         depth: a.dim,
         columns: a.tokens,
-        factors: None,
+        factors: &[],
         out: a.scores,
         out_stride: TILE,
         ahead: a.ahead,
@@ -37,7 +42,7 @@ pub(super) unsafe fn qk(kernels: &Kernels, a: &Qk<'_>, tile: *mut f32) {
     // SAFETY: the caller's promises.
     unsafe {
         (kernels.decode_transposed)(&decode);
-        (kernels.product)(&product);
+        (kernels.dots)(&product);
     }
 }
 
@@ -48,35 +53,43 @@ pub(super) unsafe fn qk(kernels: &Kernels, a: &Qk<'_>, tile: *mut f32) {
 pub(super) unsafe fn pv(kernels: &Kernels, a: &Pv<'_>, tokens: usize, tile: *mut f32) {
     let stride = a.acc_stride;
     let decode = Decode { rows: a.values, tokens, dim: a.dim, dst: tile, stride };
-    let product = |row: usize, rows: usize, lo: usize, hi: usize, is_first: bool| {
+    let product = |rows: std::ops::Range<usize>, lo: usize, hi: usize, factors: &[f32], ahead: Ahead<'_>| {
         let product = Product {
-            left: a.p.wrapping_add(row * TILE + lo),
+            left: a.p.wrapping_add(rows.start * TILE + lo),
             left_stride: TILE,
-            rows,
+            rows: rows.len(),
             right: tile.wrapping_add(lo * stride),
             right_stride: stride,
             depth: hi - lo,
             columns: a.dim,
-            factors: Some(if is_first { &a.alpha[row..] } else { &[1.0] }),
-            out: a.acc.wrapping_add(row * stride),
+            factors,
+            out: a.acc.wrapping_add(rows.start * stride),
             out_stride: stride,
-            ahead: if is_first { a.ahead } else { Ahead { bytes: 0, ..a.ahead } },
+            ahead,
         };
-        // SAFETY: the caller's promises: rows row..row + rows, positions lo..hi of the tile.
+        // SAFETY: the caller's promises: these rows, positions lo..hi of the tile.
         unsafe { (kernels.product)(&product) };
     };
     // SAFETY: the caller's promises.
     unsafe { (kernels.decode)(&decode) };
-    // What all rows see, then what only some do: nobody's sums get a zero times what it does not see.
+    // Positions in their order for every row, and nobody's sums get a zero times what it does not see. So what all rows
+    // see, if they begin there; then runs of rows that see the same.
     let visible = &a.visible[..a.rows];
-    let lo = visible.iter().map(|range| range.0).max().unwrap_or(0);
-    let hi = visible.iter().map(|range| range.1).min().unwrap_or(0).max(lo);
-    product(0, a.rows, lo, hi, true);
-    for (row, &(first, end)) in visible.iter().enumerate() {
-        for (first, end) in [(first, end.min(lo)), (first.max(hi), end)] {
-            if first < end {
-                product(row, 1, first, end, false);
-            }
+    let nothing = Ahead { bytes: 0, ..a.ahead };
+    let (lo, hi) = (visible[0].0, visible.iter().map(|range| range.1).min().unwrap_or(0));
+    let together = visible.iter().all(|range| range.0 == lo) && lo <= hi;
+    if together {
+        product(0..a.rows, lo, hi, a.alpha, a.ahead);
+    }
+    let mut row = 0;
+    for run in visible.chunk_by(|a, b| a == b) {
+        let (rows, (first, end)) = (row..row + run.len(), run[0]);
+        row = rows.end;
+        if !together {
+            let alpha = &a.alpha[rows.clone()];
+            product(rows, first, end, alpha, nothing);
+        } else if hi < end {
+            product(rows, hi, end, &ONES[..run.len()], nothing);
         }
     }
 }
@@ -93,80 +106,160 @@ pub(super) struct Product<'a> {
     pub(super) depth: usize,
     /// Columns; `right` and `out` have them up to a whole unit.
     pub(super) columns: usize,
-    /// Factor of what is in `out`, `[rows]`; none: `out` is not read.
-    pub(super) factors: Option<&'a [f32]>,
+    /// Factor of what is in `out`, `[rows]`; `dots` has none, and does not read `out`.
+    pub(super) factors: &'a [f32],
     /// `[rows, out_stride]`.
     pub(super) out: *mut f32,
     pub(super) out_stride: usize,
     pub(super) ahead: Ahead<'a>,
 }
 
-/// `product`, see the module.
+/// Rows of a product in registers.
+type Block<S, const R: usize> = [[<S as Simd>::V; 4]; R];
+
+/// Adds an element of each row of `left` times a row of `right`.
+// Index loops of constant length over arrays of registers: what the compiler unrolls. Closures and iterators may become calls,
+// which have not the caller's instructions.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+unsafe fn add_step<S: Simd, const R: usize>(
+    a: &Product<'_>,
+    left: *const f32,
+    right: *const f32,
+    step: usize,
+    acc: &mut Block<S, R>,
+) {
+    const { assert!(S::VECS <= 4) }
+    // SAFETY: the caller's promises: R rows of `left`, a unit of columns of `right`, more than `step` steps.
+    unsafe {
+        let mut x = [S::splat(0.0); 4];
+        for v in 0..S::VECS {
+            x[v] = S::load(right.add(step * a.right_stride + v * S::LANES));
+        }
+        for r in 0..R {
+            let y = S::splat(*left.add(r * a.left_stride + step));
+            for v in 0..S::VECS {
+                acc[r][v] = S::fma(y, x[v], acc[r][v]);
+            }
+        }
+    }
+}
+
+/// R rows of a unit of columns to `out`.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+unsafe fn store<S: Simd, const R: usize>(a: &Product<'_>, out: *mut f32, acc: &Block<S, R>) {
+    for r in 0..R {
+        for v in 0..S::VECS {
+            // SAFETY: the caller's promise.
+            unsafe { S::store(out.add(r * a.out_stride + v * S::LANES), acc[r][v]) };
+        }
+    }
+}
+
+/// Calls `$rows::<S, R>(a, row)` for rows [`ROWS`] at a time, and prefetches a share of what is ahead with each.
+macro_rules! for_rows {
+    ($a:expr, $rows:ident) => {{
+        let share = TILE.div_ceil($a.rows.div_ceil(ROWS).max(1));
+        let (mut row, mut at) = (0, 0);
+        while row < $a.rows {
+            for ahead in at..TILE.min(at + share) {
+                prefetch_row::<S>($a.ahead.rows[ahead], $a.ahead.bytes);
+            }
+            at += share;
+            row += match $a.rows - row {
+                1 => $rows::<S, 1>($a, row),
+                2 => $rows::<S, 2>($a, row),
+                3 => $rows::<S, 3>($a, row),
+                4 => $rows::<S, 4>($a, row),
+                5 => $rows::<S, 5>($a, row),
+                _ => $rows::<S, ROWS>($a, row),
+            };
+        }
+    }};
+}
+
+/// `out = out * factors + left * right`, the depth in its order.
 ///
 /// # Safety
 /// As [`Simd`]; pointers are valid for what [`Product`] says of them.
 #[inline(always)]
 pub(super) unsafe fn product<S: Simd>(a: &Product<'_>) {
-    let share = TILE.div_ceil(a.rows.div_ceil(ROWS).max(1));
-    let mut shares = a.ahead.rows.chunks(share);
-    let mut row = 0;
-    while row < a.rows {
-        for row in shares.next().unwrap_or_default() {
-            // SAFETY: the caller's promises.
-            unsafe { prefetch_row::<S>(*row, a.ahead.bytes) };
-        }
-        // SAFETY: the caller's promises; row + R <= rows.
-        row += unsafe {
-            match a.rows - row {
-                1 => product_rows::<S, 1>(a, row),
-                2 => product_rows::<S, 2>(a, row),
-                3 => product_rows::<S, 3>(a, row),
-                4 => product_rows::<S, 4>(a, row),
-                5 => product_rows::<S, 5>(a, row),
-                _ => product_rows::<S, ROWS>(a, row),
-            }
-        };
-    }
+    // SAFETY: the caller's promises; row + R <= rows.
+    unsafe { for_rows!(a, product_rows) }
+}
+
+/// `out = left * right`, summed as `kernels::qk` sums: every `LANES`-th product, then those sums as [`Simd::sum_each`] does.
+/// So a query's scores do not depend on how many others there are.
+///
+/// # Safety
+/// As `product`.
+#[inline(always)]
+pub(super) unsafe fn dots<S: Simd>(a: &Product<'_>) {
+    // SAFETY: the caller's promises; row + R <= rows.
+    unsafe { for_rows!(a, dots_rows) }
 }
 
 /// Rows `row..row + R`. Returns `R`.
-// Index loops of constant length over arrays of registers: what the compiler unrolls. Closures and iterators may become calls,
-// which have not the caller's instructions.
+#[allow(clippy::needless_range_loop)]
+#[inline(always)]
+unsafe fn dots_rows<S: Simd, const R: usize>(a: &Product<'_>, row: usize) -> usize {
+    const { assert!(S::LANES.is_power_of_two() && S::LANES <= 16) }
+    for column in (0..a.columns).step_by(S::UNIT) {
+        // SAFETY: the caller's promises: rows row..row + R, the unit of columns at `column`, `depth` steps. Sums of level n
+        // are there where bit n of `leaf` is set.
+        unsafe {
+            let (left, right) = (a.left.add(row * a.left_stride), a.right.add(column));
+            // Sums of 1, 2, 4, .. lanes that wait for their other half.
+            let mut sums = [const { MaybeUninit::<Block<S, R>>::uninit() }; 5];
+            for leaf in 0..S::LANES {
+                let mut acc = [[S::splat(0.0); 4]; R];
+                let mut step = S::SUM_ORDER[leaf];
+                while step < a.depth {
+                    add_step::<S, R>(a, left, right, step, &mut acc);
+                    step += S::LANES;
+                }
+                let mut level = 0;
+                while leaf >> level & 1 == 1 {
+                    let other = sums[level].assume_init_ref();
+                    for r in 0..R {
+                        for v in 0..S::VECS {
+                            acc[r][v] = S::add(other[r][v], acc[r][v]);
+                        }
+                    }
+                    level += 1;
+                }
+                if leaf + 1 < S::LANES {
+                    sums[level].write(acc);
+                } else {
+                    store::<S, R>(a, a.out.add(row * a.out_stride + column), &acc);
+                }
+            }
+        }
+    }
+    R
+}
+
+/// Rows `row..row + R`. Returns `R`.
 #[allow(clippy::needless_range_loop)]
 #[inline(always)]
 unsafe fn product_rows<S: Simd, const R: usize>(a: &Product<'_>, row: usize) -> usize {
-    const { assert!(S::VECS <= 4) }
     for column in (0..a.columns).step_by(S::UNIT) {
         // SAFETY: the caller's promises: rows row..row + R, the unit of columns at `column`, `depth` steps.
         unsafe {
             let out = a.out.add(row * a.out_stride + column);
             let mut acc = [[S::splat(0.0); 4]; R];
-            if let Some(factors) = a.factors {
-                for r in 0..R {
-                    let factor = S::splat(factors[row + r]);
-                    for v in 0..S::VECS {
-                        acc[r][v] = S::mul(S::load(out.add(r * a.out_stride + v * S::LANES)), factor);
-                    }
+            for r in 0..R {
+                let factor = S::splat(a.factors[row + r]);
+                for v in 0..S::VECS {
+                    acc[r][v] = S::mul(S::load(out.add(r * a.out_stride + v * S::LANES)), factor);
                 }
             }
             let (left, right) = (a.left.add(row * a.left_stride), a.right.add(column));
             for step in 0..a.depth {
-                let mut x = [S::splat(0.0); 4];
-                for v in 0..S::VECS {
-                    x[v] = S::load(right.add(step * a.right_stride + v * S::LANES));
-                }
-                for r in 0..R {
-                    let y = S::splat(*left.add(r * a.left_stride + step));
-                    for v in 0..S::VECS {
-                        acc[r][v] = S::fma(y, x[v], acc[r][v]);
-                    }
-                }
+                add_step::<S, R>(a, left, right, step, &mut acc);
             }
-            for r in 0..R {
-                for v in 0..S::VECS {
-                    S::store(out.add(r * a.out_stride + v * S::LANES), acc[r][v]);
-                }
-            }
+            store::<S, R>(a, out, &acc);
         }
     }
     R

@@ -19,6 +19,7 @@ pub(super) fn kernels<F: Codec>() -> Kernels {
         decode: decode::<F>,
         decode_transposed: decode_transposed::<F>,
         product,
+        dots,
         transpose_slots,
         softmax,
         prefetch,
@@ -45,6 +46,10 @@ unsafe fn decode_transposed<F: Codec>(a: &Decode<'_>) {
 unsafe fn product(a: &Product<'_>) {
     // SAFETY: the caller's promises.
     unsafe { panel::product::<Portable>(a) }
+}
+unsafe fn dots(a: &Product<'_>) {
+    // SAFETY: the caller's promises.
+    unsafe { panel::dots::<Portable>(a) }
 }
 unsafe fn transpose_slots(a: &Slots) -> usize {
     // SAFETY: the caller's promises.
@@ -214,6 +219,7 @@ impl Simd for Portable {
             }
         }
     }
+    const SUM_ORDER: &'static [usize] = &[0, 4, 2, 6, 1, 5, 3, 7];
     const SLOT_CHANNELS: usize = 0;
     #[inline(always)]
     unsafe fn transpose_slots(_: *const u8, _: usize, _: *mut u8, _: usize, _: bool) {}

@@ -63,6 +63,8 @@ pub(super) trait Simd: Copy + 'static {
     unsafe fn sum_each(acc: &[Self::V; 16]) -> Self::V;
     /// Lane `i` of `rows[j]` becomes lane `j` of what `rows[i]` was; of the first `LANES` of them.
     unsafe fn transpose(rows: &mut [Self::V; 16]);
+    /// The lanes, as leaves of the binary tree by which [`Simd::sum_each`] adds them.
+    const SUM_ORDER: &'static [usize];
     /// Channels that [`Simd::transpose_slots`] takes at a time; none: it does nothing.
     const SLOT_CHANNELS: usize;
     /// 16 bytes of each of `SLOT_CHANNELS` channels, `src_stride` bytes apart, which are 16 slots of one byte or, if `wide`, 8
