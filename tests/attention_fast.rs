@@ -35,6 +35,7 @@ impl Rng {
 }
 
 /// A batch: `(cached tokens, of them new)` of each sequence.
+#[derive(Clone)]
 struct Case {
     shape: CacheShape,
     heads: usize,
@@ -257,6 +258,37 @@ fn prefill_blocks_share_tiles() {
         for layout in CacheLayout::ALL {
             let spec = spec(1, 64, KvFormat::Fp8E4M3, layout);
             Case::new(spec, group, &[(150, 150), (300, 70), (9, 20)], 4).check(&format!("{layout:?} G{group}"));
+        }
+    }
+}
+
+/// Few query rows and many have kernels of their own, which sum in one order: how a prompt was cut, or who else is in the batch,
+/// does not show in any bit.
+#[test]
+fn a_query_alone_gives_the_same_bits() {
+    for format in KvFormat::ALL {
+        for (layout, dim, group, window) in [
+            (CacheLayout::Hnd, 128, 1, None),
+            (CacheLayout::VllmPacked, 80, 4, Some(20)),
+            (CacheLayout::Nhd, 37, 3, Some(100)),
+            (CacheLayout::Hnd, 64, 2, Some(64)),
+        ] {
+            let (len, new) = (190, 70);
+            let mut case = Case::new(spec(2, dim, format, layout), group, &[(len, new)], 7);
+            case.params.sliding_window = window;
+            let row = case.heads * dim;
+            let fast = Isa::ALL.into_iter().filter(|isa| *isa != Isa::Scalar);
+            for backend in fast.filter_map(CpuBackend::with_isa) {
+                let bits = |case: &Case| case.run(&backend).0.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+                let together = bits(&case);
+                for i in 0..new {
+                    let query = case.query[i * row..][..row].to_vec();
+                    let alone = Case { seqs: vec![(len - new + i + 1, 1)], query, ..case.clone() };
+                    let what =
+                        format!("{format} {layout:?} d{dim} G{group} {window:?}: query {i} on {}", backend.isa());
+                    assert!(bits(&alone) == together[i * row..][..row], "{what}");
+                }
+            }
         }
     }
 }
