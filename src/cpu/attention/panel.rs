@@ -5,8 +5,9 @@
 //! acc[r][d]    = acc[r][d] alpha[r] + sum_t p[r][t] v[t][d]    v  values, decoded: [TILE, stride]
 //! ```
 //! Both multiply an element of a row on the left, in all lanes, by a row on the right, so that nothing is summed across
-//! lanes. Sums are those of the kernels for few rows, bit by bit. [`ROWS`] rows times a unit of columns stay in registers while the depth is walked
-//! (24 of 32 vectors of AVX-512, 12 of 16 of AVX2): `VECS + ROWS` loads for `VECS * ROWS` fused products.
+//! lanes. Sums are those of the kernels for few rows, bit by bit. [`ROWS`] rows times a unit of columns stay in registers
+//! while the depth is walked (24 of 32 vectors of AVX-512, 12 of 16 of AVX2): `VECS + ROWS` loads for `VECS * ROWS` fused
+//! products.
 
 use std::mem::MaybeUninit;
 
@@ -17,7 +18,8 @@ use crate::codec::Codec;
 /// Rows of `left` at a time.
 const ROWS: usize = 6;
 
-// Enough: rows of an item that see different positions are of several queries.
+/// Factors of rows that have been scaled. Enough of them: an item has more than MAX_ROWS only of one query, whose rows see the
+/// same.
 const ONES: [f32; super::tile::MAX_ROWS] = [1.0; super::tile::MAX_ROWS];
 
 /// What `kernels.qk` does, by way of a tile decoded to `tile`.
@@ -86,15 +88,15 @@ pub(super) unsafe fn pv(kernels: &Kernels, a: &Pv<'_>, tokens: usize, tile: *mut
         let (rows, (first, end)) = (row..row + run.len(), run[0]);
         row = rows.end;
         if !together {
-            let alpha = &a.alpha[rows.clone()];
-            product(rows, first, end, alpha, nothing);
+            let (alpha, ahead) = (&a.alpha[rows.clone()], if rows.start == 0 { a.ahead } else { nothing });
+            product(rows, first, end, alpha, ahead);
         } else if hi < end {
             product(rows, hi, end, &ONES[..run.len()], nothing);
         }
     }
 }
 
-/// Arguments of `product`.
+/// Arguments of `product` and `dots`.
 pub(super) struct Product<'a> {
     /// `[rows, left_stride]`, of which `depth` elements are read.
     pub(super) left: *const f32,
@@ -210,8 +212,8 @@ unsafe fn dots_rows<S: Simd, const R: usize>(a: &Product<'_>, row: usize) -> usi
         // are there where bit n of `leaf` is set.
         unsafe {
             let (left, right) = (a.left.add(row * a.left_stride), a.right.add(column));
-            // Sums of 1, 2, 4, .. lanes that wait for their other half.
-            let mut sums = [const { MaybeUninit::<Block<S, R>>::uninit() }; 5];
+            // Sums of 1, 2, 4 and 8 lanes that wait for their other half.
+            let mut sums = [const { MaybeUninit::<Block<S, R>>::uninit() }; 4];
             for leaf in 0..S::LANES {
                 let mut acc = [[S::splat(0.0); 4]; R];
                 let mut step = S::SUM_ORDER[leaf];
